@@ -1,0 +1,105 @@
+"""param_groups: the layers it finds, the schedule, and what it leaves alone."""
+
+import pytest
+import torch
+from torch import nn
+
+import tl1kernels as tk
+
+
+class Everything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.up = nn.ConvTranspose2d(4, 2, 3)
+        self.norm = nn.LayerNorm((2, 6, 6))
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.hidden = nn.Linear(8, 8)
+        self.tied = nn.Linear(8, 10, bias=False)
+        self.same = nn.Linear(8, 8, bias=False)
+        self.same.weight = self.hidden.weight
+        self.position = nn.Parameter(torch.zeros(1, 5, 8))
+
+
+def by_name(groups):
+    return {group["name"]: group for group in groups}
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = Everything()
+    groups = tk.param_groups(model, lam=0.1)
+    held = [p for group in groups for p in group["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters()))
+    assert set(held) == set(model.parameters())
+    tk.ProxAdamW(groups)
+
+
+def test_weights_are_regularized_and_nothing_else_is():
+    model = Everything()
+    groups = by_name(tk.param_groups(model, lam=0.1))
+    assert list(groups) == [
+        *("conv.weight", "up.weight", "attention.in_proj_weight", "attention.out_proj.weight"),
+        *("hidden.weight", "tied.weight", "unregularized"),
+    ]
+    rest = groups.pop("unregularized")
+    assert rest["lam"] == 0
+    spared = {id(p) for p in rest["params"]}
+    for p in (model.embedding.weight, model.norm.weight, model.position, model.hidden.bias):
+        assert id(p) in spared
+    assert all(group["lam"] == 0.1 for group in groups.values())
+    assert groups["hidden.weight"]["params"] == [model.hidden.weight]
+
+
+def test_the_schedule_runs_from_mu_min_to_one_minus_mu_min():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
+    for mu_min in (0.0, 0.2, 0.5):
+        groups = tk.param_groups(model, lam=0.1, mu_min=mu_min)[:-1]
+        want = [mu_min + (1 - 2 * mu_min) * i / 4 for i in range(5)]
+        assert [group["mu"] for group in groups] == pytest.approx(want)
+
+
+def test_the_schedule_gives_way_to_mu_and_needs_both_terms():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+    def mus(**options):
+        return [group["mu"] for group in tk.param_groups(model, lam=0.1, **options)[:-1]]
+
+    assert mus(mu=0.7) == [0.7, 0.7]
+    assert mus(penalty=None) == [None, None]
+    assert mus(group_by=None) == [None, None]
+    assert tk.param_groups(nn.Linear(3, 3), lam=0.1)[0]["mu"] == 0.5
+
+
+def test_transposed_convolutions_group_by_the_same_neurons():
+    model = nn.ConvTranspose2d(4, 2, 3, bias=False)
+    assert tk.param_groups(model, lam=0.1)[0]["group_by"] == 1
+    assert tk.param_groups(model, lam=0.1, group_by="out")[0]["group_by"] == 1
+    assert tk.param_groups(model, lam=0.1, group_by="in")[0]["group_by"] == 0
+    assert tk.param_groups(model, lam=0.1, group_by="layer")[0]["group_by"] == "layer"
+
+
+def test_presets_are_the_regularizers_that_the_paper_compares():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    v = torch.randn(4, 5).double()
+    for name, options in tk.PRESETS.items():
+        tk.ProxSGD(tk.param_groups(model, lam=0.1, **options))
+        w = tk.prox(v, 0.5, **options)
+        assert (name == "group_lasso") or (w == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lam": -1}, ValueError, "lam must be"),
+        ({"mu_min": 0.6}, ValueError, r"mu_min must be in \[0, 1/2\], got 0.6"),
+        ({"mu_min": "low"}, TypeError, "mu_min must be a number"),
+        ({"mu": 3}, ValueError, "mu must be"),
+        ({"penalty": "l3"}, ValueError, "penalty must be"),
+        ({"group_by": "row"}, ValueError, "group_by must be"),
+        ({"group_by": 5}, ValueError, "group_by=5 must be a dim"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        tk.param_groups(nn.Linear(2, 2), **{"lam": 0.1, **options})

@@ -1,0 +1,367 @@
+"""The proximal operators against their definition, other people's libraries and eq. 22."""
+
+import math
+
+import numpy as np
+import pyproximal
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from skglm.penalties.block_separable import WeightedGroupL2, WeightedL1GroupL2
+
+import tl1kernels as tk
+from tl1kernels import oracles
+from tl1kernels.backends import reference
+from tl1kernels.backends.reference import tl1_threshold
+from tl1kernels.verify import GROUPINGS, tl1_condition
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def test_every_penalty_has_a_reference_prox_and_an_oracle():
+    assert reference.PROX.keys() == tk.PENALTIES.keys() == oracles.VALUES.keys()
+
+
+@pytest.mark.parametrize("name", tk.PENALTIES)
+def test_values_agree_with_the_definition(name):
+    w = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    for a in (1e-3, 0.5, 1.0, 1e6):
+        want = [float(oracles.VALUES[name](x, a)) for x in w.tolist()]
+        got = tk.PENALTIES[name].value(w, a).tolist()
+        assert got == pytest.approx(want, rel=1e-14)
+
+
+# --- One weight: the definition, from tiny to huge.
+
+LAM = (1e-10, 1e-4, 0.3, 1.0, 30.0)
+SHAPES = (1e-3, 0.1, 1.0, 37.0, 1e6)
+OFFSETS = (-1e-1, -1e-6, 1e-6, 1e-3, 1e-1, 1.0, 1e3)
+
+
+@pytest.mark.parametrize("name", tk.PENALTIES)
+@pytest.mark.parametrize("a", SHAPES)
+def test_prox_is_the_argmin_of_its_definition(name, a):
+    """Float64 within 1e-13 of |v|, float32 within 1 ulp, on both sides of every threshold."""
+    for lam in LAM:
+        threshold = tl1_threshold(lam, a) if name == "tl1" else lam
+        for offset in OFFSETS:
+            v = threshold * (1 + offset)
+            for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2.0**-23)):
+                x = torch.tensor([-v], dtype=dtype)
+                got = tk.prox(x, lam, penalty=name, a=a)
+                want = float(oracles.prox_by_definition(x.item(), lam, 1.0, name, a))
+                magnified = tl1_condition(x.double().numpy(), lam, a) if name == "tl1" else 1.0
+                limit = tolerance * abs(x.item()) * float(np.max(magnified))
+                assert abs(got.item() - want) <= limit, (name, a, lam, offset, dtype, got, want)
+                if dtype == torch.float32 and want != 0:
+                    nearest = np.float32(want)
+                    assert abs(got.numpy()[0] - nearest) <= np.spacing(abs(nearest)), (a, lam, v)
+
+
+@pytest.mark.parametrize("a", SHAPES)
+def test_tl1_either_side_of_the_change_from_continuous_to_jump(a):
+    """At tau = a^2 / (2 (a + 1)) the two threshold formulas meet, and so must the results."""
+    critical = a * a / (2 * (a + 1))
+    below, above = (tl1_threshold(critical * f, a) for f in (1 - 1e-12, 1 + 1e-12))
+    assert below == pytest.approx(above, rel=1e-11)
+    for factor in (0.5, 0.99, 0.999999, 1.000001, 1.01, 2.0):
+        tau = critical * factor
+        for offset in (-1e-3, 1e-3, 0.1):
+            v = tl1_threshold(tau, a) * (1 + offset)
+            got = tk.prox(torch.tensor([v], dtype=torch.float64), tau, a=a).item()
+            want = float(oracles.prox_by_definition(v, tau, 1.0, "tl1", a))
+            limit = 1e-13 * v * float(tl1_condition(np.array(v), tau, a))
+            assert abs(got - want) <= limit, (a, factor, offset, got, want)
+
+
+@pytest.mark.parametrize(("tau", "a"), [(0.1, 1.0), (1.0, 1.0), (1e-6, 100.0), (4.0, 0.25)])
+def test_the_threshold_itself_goes_to_zero_and_the_next_float_need_not(tau, a):
+    t = tl1_threshold(tau, a)
+    x = torch.tensor([t, -t, math.nextafter(t, 0)], dtype=torch.float64)
+    assert tk.prox(x, tau, a=a).tolist() == [0.0, 0.0, 0.0]
+    above = tk.prox(torch.tensor([t * (1 + 1e-9)], dtype=torch.float64), tau, a=a).item()
+    assert above > 0
+    jumps = tau > a * a / (2 * (a + 1))
+    assert (above > 1e-3 * t) == jumps
+
+
+def test_tl1_tends_to_soft_and_to_hard_thresholding():
+    v = torch.linspace(-3, 3, 1001, dtype=torch.float64)
+    soft = tk.prox(v, 0.3, penalty="l1")
+    torch.testing.assert_close(tk.prox(v, 0.3, a=1e12), soft, rtol=0, atol=1e-11)
+    hard = torch.where(v.abs() <= math.sqrt(0.6), 0.0, v)
+    torch.testing.assert_close(tk.prox(v, 0.3, a=1e-12), hard, rtol=0, atol=1e-11)
+    for extreme in (1e-300, 1e300):
+        assert tk.prox(v, 0.3, a=extreme).isfinite().all()
+
+
+# --- Other people's libraries.
+
+
+@pytest.mark.parametrize(
+    ("tau", "a"), [(1e-3, 1.0), (0.1, 1.0), (1.0, 1.0), (0.2, 0.1), (0.5, 10.0), (2.0, 3.0)]
+)
+def test_tl1_agrees_with_pyproximal_geman(tau, a):
+    v = np.random.default_rng(0).normal(scale=3, size=20_000)
+    want = pyproximal.Geman(sigma=a + 1, gamma=a).prox(v, tau)
+    got = tk.prox(torch.from_numpy(v), tau, a=a).numpy()
+    assert ((got == 0) == (want == 0)).all()
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-13)
+
+
+def test_l1_agrees_with_pyproximal():
+    v = np.random.default_rng(1).normal(size=1000)
+    want = pyproximal.L1(sigma=0.7).prox(v, 0.3)
+    np.testing.assert_array_equal(tk.prox(torch.from_numpy(v), 0.3, lam=0.7, penalty="l1"), want)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("group_weight", [None, "sqrt"])
+def test_group_lasso_and_sparse_group_lasso_agree_with_skglm(mu, group_weight):
+    rows, columns, step, lam = 40, 6, 0.3, 2.0
+    v = np.random.default_rng(2).normal(size=(rows, columns)) * np.linspace(0.1, 3, rows)[:, None]
+    c = math.sqrt(columns) if group_weight else 1.0
+    groups = np.arange(0, rows * columns + 1, columns, dtype=np.int32)
+    members = np.arange(rows * columns, dtype=np.int32)
+    options = {"lam": lam, "mu": mu, "group_by": "out", "group_weight": group_weight}
+    if mu == 0:
+        other = WeightedGroupL2(lam, np.full(rows, c), groups, members)
+        got = tk.prox(torch.from_numpy(v), step, penalty=None, **options).numpy()
+    else:
+        weights = np.full(rows, lam * (1 - mu) * c), np.full(v.size, lam * mu)
+        other = WeightedL1GroupL2(1.0, *weights, groups, members)
+        got = tk.prox(torch.from_numpy(v), step, penalty="l1", **options).numpy()
+    want = np.stack([other.prox_1group(row.copy(), step, g) for g, row in enumerate(v)])
+    assert 0 < (want == 0).all(1).sum() < rows
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-15)
+
+
+# --- Any tensor: eq. 22, group by group.
+
+
+@st.composite
+def tensors(draw, min_dims=1):
+    """A dense tensor of random shape, order of dims in memory and offset into its storage."""
+    shape = draw(st.lists(st.integers(1, 5), min_size=min_dims, max_size=4))
+    order = draw(st.permutations(range(len(shape))))
+    offset = draw(st.integers(0, 3))
+    seed = draw(st.integers(0, 2**31))
+    values = np.random.default_rng(seed).normal(size=math.prod(shape) + offset)
+    dense = torch.from_numpy(values)[offset:].view([shape[dim] for dim in order])
+    return dense.permute([order.index(dim) for dim in range(len(shape))])
+
+
+@given(data=st.data(), dtype=st.sampled_from(DTYPES))
+def test_prox_of_any_dense_tensor_is_eq_22(data, dtype):
+    v = data.draw(tensors(min_dims=2)).to(dtype)
+    penalty = data.draw(st.sampled_from([None, *tk.PENALTIES]))
+    group_by = data.draw(st.sampled_from([*GROUPINGS, "auto"]))
+    options = {
+        "lam": data.draw(st.floats(0, 5)),
+        "a": data.draw(st.floats(0.1, 10)),
+        "mu": data.draw(st.floats(0, 1)),
+        "penalty": penalty,
+        "group_by": group_by,
+        "group_weight": data.draw(st.sampled_from([None, "sqrt"])),
+    }
+    try:
+        got = tk.prox(v, 0.3, **options)
+    except ValueError as error:
+        assert group_by == "filter_slice"
+        assert "at most two stretches" in str(error)
+        return
+    want = oracles.prox_as_published(v.double().numpy(), 0.3, **options)
+    assert got.dtype == dtype
+    limit = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps * v.double().abs().numpy()
+    assert (np.abs(got.double().numpy() - want) <= limit + torch.finfo(dtype).tiny).all()
+
+
+@given(v=tensors(), group_by=st.sampled_from([None, 0, -1, "layer"]))
+def test_in_place_and_out_give_the_same_bits(v, group_by):
+    options = {"lam": 0.7, "group_by": group_by}
+    want = tk.prox(v, 0.3, **options)
+    out = torch.full_like(v.contiguous(), math.nan)
+    assert tk.prox(v, 0.3, **options, out=out) is out
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-15)
+    copy = v.clone()
+    version = copy._version
+    assert tk.prox_(copy, 0.3, **options) is copy
+    assert copy._version > version
+    assert torch.equal(copy, want)
+    assert copy.stride() == v.clone().stride()
+
+
+def test_a_tensor_with_gaps_can_be_read_but_not_written_in_place():
+    wide = torch.randn(6, 8, dtype=torch.float64)
+    v = wide[:, ::2]
+    assert torch.equal(tk.prox(v, 0.3, group_by="in"), tk.prox(v.clone(), 0.3, group_by="in"))
+    before = wide.clone()
+    with pytest.raises(ValueError, match=r"dense.*strides \(8, 2\)"):
+        tk.prox_(v, 0.3)
+    assert torch.equal(wide, before)
+
+
+# --- Zeros, NaN, infinities.
+
+
+def bits(tensor):
+    size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.view(size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("penalty", [None, *tk.PENALTIES])
+def test_dead_weights_are_plus_zero(dtype, penalty):
+    tiny = torch.finfo(dtype).smallest_normal
+    v = torch.tensor([[-1e-3, -0.0, 0.0, 1e-3], [-5, 5, -1e-3, -tiny], [0, -0.0, 0, 0]], dtype=dtype)
+    for mu, group_by in ((1.0, None), (0.5, 0), (0.0, 0), (0.5, "layer")):
+        w = tk.prox(v, 0.1, penalty=penalty, mu=mu, group_by=group_by)
+        assert (bits(w)[w == 0] == 0).all(), (mu, group_by, w)
+    assert (bits(tk.prox(v, 0.1, penalty=penalty, mu=0.5, group_by=0))[0] == 0).all()
+
+
+@pytest.mark.parametrize("step", [0.0, 0.1])
+@pytest.mark.parametrize("group_by", [0, 1, "layer"])
+def test_groups_of_zeros_stay_zero_and_never_make_nan(step, group_by):
+    v = torch.zeros(3, 4)
+    assert torch.equal(tk.prox(v, step, group_by=group_by), v)
+    assert torch.equal(tk.prox(v, step, penalty=None, group_by=group_by), v)
+
+
+def test_step_zero_changes_nothing():
+    v = torch.randn(5, 6)
+    assert torch.equal(tk.prox(v, 0.0, lam=3.0, group_by="in"), v)
+    assert torch.equal(tk.prox(v, 1.0, lam=0.0, group_by="in"), v)
+
+
+@pytest.mark.parametrize("penalty", tk.PENALTIES)
+def test_nan_stays_nan_and_spoils_its_group_only(penalty):
+    v = torch.ones(3, 4)
+    v[1, 2] = math.nan
+    alone = tk.prox(v, 0.1, penalty=penalty)
+    assert alone.isnan().sum() == 1
+    assert alone[1, 2].isnan()
+    grouped = tk.prox(v, 0.1, penalty=penalty, group_by="out")
+    assert grouped.isnan().any(1).tolist() == [False, True, False]
+    assert grouped[1].isnan().all()
+
+
+@pytest.mark.parametrize("penalty", tk.PENALTIES)
+def test_infinity_stays_infinite(penalty):
+    v = torch.tensor([math.inf, -math.inf, 1.0])
+    assert tk.prox(v, 0.1, penalty=penalty)[:2].tolist() == [math.inf, -math.inf]
+
+
+def test_empty_and_scalar_tensors():
+    assert tk.prox(torch.empty(0, 3), 0.1, group_by="in").shape == (0, 3)
+    assert tk.prox(torch.empty(3, 0), 0.1, group_by="out").shape == (3, 0)
+    assert tk.prox(torch.tensor(2.0), 0.5, penalty="l1").item() == 1.5
+
+
+# --- The value.
+
+
+@given(data=st.data())
+def test_penalty_value_is_the_sum_that_it_says(data):
+    w = data.draw(tensors(min_dims=2))
+    penalty = data.draw(st.sampled_from([None, *tk.PENALTIES]))
+    group_by = data.draw(st.sampled_from(GROUPINGS))
+    lam, mu, a = (data.draw(st.floats(0.1, 1)) for _ in range(3))
+    got = tk.penalty_value(w, lam=lam, penalty=penalty, a=a, mu=mu, group_by=group_by).item()
+    want = 0.0
+    if penalty is not None:
+        want += lam * mu * sum(oracles.VALUES[penalty](x, a) for x in w.flatten().tolist())
+    if group_by is not None:
+        index = oracles.group_index(tuple(w.shape), group_by)
+        norms = [np.linalg.norm(w.numpy()[index == g]) for g in range(index.max() + 1)]
+        want += lam * (1 - mu) * sum(norms)
+    assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_penalty_value_has_a_gradient_also_at_zero_groups():
+    w = torch.zeros(3, 4, dtype=torch.float64)
+    w[0] = torch.randn(4)
+    w.requires_grad_()
+    tk.penalty_value(w, group_by="out").backward()
+    assert w.grad.isfinite().all()
+    assert w.grad[0].ne(0).all()
+
+
+def test_mu_none_gives_all_of_lam_to_the_only_term():
+    v = torch.randn(6, 7, dtype=torch.float64)
+    for options, mu in (
+        ({"penalty": "tl1", "group_by": None}, 1.0),
+        ({"penalty": None, "group_by": "in"}, 0.0),
+        ({"penalty": "l1", "group_by": "in"}, 0.5),
+    ):
+        assert torch.equal(tk.prox(v, 0.4, **options), tk.prox(v, 0.4, mu=mu, **options))
+
+
+# --- Bad input.
+
+V = torch.ones(2, 3)
+BAD = [
+    ({"lam": -1.0}, ValueError, r"lam .* >= 0, got -1.0"),
+    ({"lam": math.nan}, ValueError, r"lam .*finite.*nan"),
+    ({"lam": "much"}, TypeError, r"lam must be a number.*'much'"),
+    ({"a": 0.0}, ValueError, r"a must be finite and > 0, got 0.0"),
+    ({"a": math.inf}, ValueError, r"a must be finite and > 0, got inf"),
+    ({"mu": 1.5}, ValueError, r"mu must be None or in \[0, 1\], got 1.5"),
+    ({"mu": -0.1}, ValueError, r"mu .*-0.1"),
+    ({"mu": True}, TypeError, r"mu must be a number.*True"),
+    ({"penalty": "l7"}, ValueError, r"penalty must be None or one of 'tl1', 'l1', got 'l7'"),
+    ({"group_by": "rows"}, ValueError, r"group_by must be .*'out'.*got 'rows'"),
+    ({"group_by": 2}, ValueError, r"group_by=2 must be a dim in \[-2, 1\]"),
+    ({"group_by": 0.5}, TypeError, r"group_by must be .*0.5"),
+    ({"group_by": True}, TypeError, r"group_by must be .*True"),
+    ({"group_weight": "cube"}, ValueError, r"group_weight must be None or 'sqrt', got 'cube'"),
+    ({"backend": "abacus"}, ValueError, r"backend must be None or one of 'reference'.*'abacus'"),
+    ({"out": torch.ones(3, 2)}, ValueError, r"out must have the shape of v"),
+    ({"out": torch.ones(2, 3).double()}, ValueError, r"out must have the dtype of v"),
+    ({"out": [1.0]}, TypeError, r"out must be a tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD)
+def test_bad_options_name_argument_value_and_what_is_allowed(options, error, message):
+    with pytest.raises(error, match=message):
+        tk.prox(V, 0.1, **options)
+    if "out" not in options and "backend" not in options:
+        with pytest.raises(error, match=message):
+            tk.penalty_value(V, **options)
+
+
+@pytest.mark.parametrize(
+    ("v", "message"),
+    [
+        (V.to(torch.complex64), r"v must have one of the dtypes .*torch.float32.*complex64"),
+        (V.to(torch.int32), r"v must have one of the dtypes .*int32"),
+        (V.to_sparse(), r"v must be a strided tensor, got layout torch.sparse_coo"),
+        ([1.0], r"v must be a tensor, got list"),
+    ],
+)
+def test_bad_tensors_are_type_errors(v, message):
+    with pytest.raises(TypeError, match=message):
+        tk.prox(v, 0.1)
+
+
+@pytest.mark.parametrize("step", [-1.0, math.nan, math.inf])
+def test_bad_step(step):
+    with pytest.raises(ValueError, match="step must be finite and >= 0"):
+        tk.prox(V, step)
+
+
+def test_in_place_on_a_tensor_that_requires_grad_raises_as_torch_does():
+    v = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="in place"):
+        tk.prox_(v, 0.1)
+    with torch.no_grad():
+        tk.prox_(v, 0.1, penalty="l1")
+    assert v.tolist() == pytest.approx([0.9] * 3)
+    with pytest.raises(TypeError, match="no out"):
+        tk.prox_(v.detach(), 0.1, out=v)
+
+
+def test_the_result_carries_no_gradient():
+    assert not tk.prox(torch.ones(3, requires_grad=True), 0.1).requires_grad

@@ -1,0 +1,95 @@
+"""The backends: each takes a `Batch` and updates it in place; this file chooses which.
+
+A backend is a module with
+    unavailable() -> str | None     why it cannot run on this machine; None if it can
+    rejects(batch) -> str | None    why it cannot run this batch; None if it can
+    run(batch) -> None              the step, in place
+Adding one is a row of `BACKENDS` and a place in `PREFERENCE`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+from tl1kernels.backends import reference
+from tl1kernels.batch import Batch
+
+BACKENDS: Mapping[str, ModuleType] = {"reference": reference}
+
+PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
+"""Backends by device type, the preferred one first; the reference serves every device."""
+
+ENVIRONMENT = "TL1KERNELS_BACKEND"
+
+_chosen: ContextVar[str | None] = ContextVar("tl1kernels_backend", default=None)
+_warned: set[str] = set()
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every step and prox inside the `with` block on one backend; None chooses by device.
+
+    It comes before the environment variable TL1KERNELS_BACKEND, and after a `backend=` argument.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: it cannot run here; the message says why.
+    """
+    require(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def require(name: str | None) -> None:
+    """Raise unless `name` is None or a backend that can run on this machine."""
+    if name is None:
+        return
+    if name not in BACKENDS:
+        names = ", ".join(repr(known) for known in BACKENDS)
+        raise ValueError(f"backend must be None or one of {names}, got {name!r}")
+    reason = BACKENDS[name].unavailable()
+    if reason:
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+
+
+def select(batch: Batch, name: str | None = None) -> str:
+    """Return the name of the backend that runs `batch`.
+
+    A backend asked for by name (argument, `use_backend`, environment) that cannot take the
+    batch is an error. By preference, the first that can; passing one over is warned of once.
+    """
+    asked = name or _chosen.get() or os.environ.get(ENVIRONMENT) or None
+    if asked:
+        require(asked)
+        reason = BACKENDS[asked].rejects(batch)
+        if reason:
+            raise RuntimeError(f"backend {asked!r} cannot run this step: {reason}")
+        return asked
+    for candidate in PREFERENCE.get(batch.device.type, ()):
+        backend = BACKENDS[candidate]
+        reason = backend.unavailable() or backend.rejects(batch)
+        if reason is None:
+            return candidate
+        _warn_once(f"tl1kernels: backend {candidate!r} passed over: {reason}")
+    return "reference"
+
+
+def run(batch: Batch, name: str | None = None) -> str:
+    """Run `batch` on the backend that `select` names, and return that name."""
+    selected = select(batch, name)
+    BACKENDS[selected].run(batch)
+    return selected
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

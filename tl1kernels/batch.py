@@ -1,0 +1,100 @@
+"""What a backend takes: tensors that go through the same step together, and the update rules.
+
+A step is update rule, then elementwise threshold, then group shrinkage (Ma et al. 2019, eq. 22).
+A `Batch` names the rule and the penalty, which select code, and carries everything else as data:
+whatever a scheduler may change between two steps is a number in `Entry`, never a variant of code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tl1kernels.penalties import Regularizer
+from tl1kernels.views import GroupView
+
+
+@dataclass(frozen=True)
+class Assign:
+    """v = source: no update rule, only the prox of another tensor (or of the same one)."""
+
+    state = ()
+    counters = ()
+
+
+@dataclass(frozen=True)
+class SGD:
+    """torch.optim.SGD's rule. Scalars: lr, momentum, dampening, weight_decay."""
+
+    momentum: bool = False
+    nesterov: bool = False
+    maximize: bool = False
+    counters = ()
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the state tensors shaped like the parameter."""
+        return ("momentum_buffer",) if self.momentum else ()
+
+
+@dataclass(frozen=True)
+class Adam:
+    """torch.optim.Adam's rule, and AdamW's where `decoupled`.
+
+    Scalars: lr, beta1, beta2, eps, weight_decay. The counter `step`, a 0-d float tensor, counts
+    the steps taken; the backend adds one.
+    """
+
+    amsgrad: bool = False
+    decoupled: bool = False
+    maximize: bool = False
+    counters = ("step",)
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the state tensors shaped like the parameter."""
+        names = ("exp_avg", "exp_avg_sq")
+        return (*names, "max_exp_avg_sq") if self.amsgrad else names
+
+
+Rule = Assign | SGD | Adam
+
+
+@dataclass
+class Entry:
+    """One tensor's part of a batch.
+
+    Attributes:
+        param: what is updated in place; dense, in any order of dims.
+        grad: the gradient (for `Assign`, the source); same shape, any strides and float dtype.
+        view: the groups of `param`.
+        scalars: the rule's scalars and `lr`, the step size that also scales the thresholds.
+        regularizer: its options; lam = 0 leaves the rule's result as it is.
+        state: the rule's state by name, updated in place.
+    """
+
+    param: Tensor
+    grad: Tensor
+    view: GroupView
+    scalars: Mapping[str, float]
+    regularizer: Regularizer
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """Entries that share a device, a dtype, a rule and a penalty."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rule: Rule
+    penalty: str | None
+    entries: list[Entry]
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of optimizer state for a parameter dtype: never less than float32."""
+    return torch.promote_types(dtype, torch.float32)

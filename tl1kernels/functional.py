@@ -1,0 +1,124 @@
+"""The regularizer without an optimizer: its proximal step and its value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl1kernels import plan
+from tl1kernels.batch import Assign, Entry
+from tl1kernels.penalties import PENALTIES, Regularizer, number
+from tl1kernels.views import GroupBy, view_of
+
+
+def prox(
+    v: Tensor,
+    step: float | Tensor,
+    *,
+    lam: float | Tensor = 1.0,
+    penalty: str | None = "tl1",
+    a: float | Tensor = 1.0,
+    mu: float | Tensor | None = None,
+    group_by: GroupBy = None,
+    group_weight: str | None = None,
+    backend: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Threshold the weights, then shrink the groups: the last two lines of Ma et al. 2019, eq. 22.
+
+        t   = prox of (step * lam * mu) * rho_a, elementwise
+        w_g = t_g * max(0, 1 - step * lam * (1 - mu) * c_g / ||t_g||_2)
+
+    For penalty="l1" this is the proximal operator of the sum of both terms; for "tl1" it is the
+    paper's algorithm, which is not quite that of the sum. Weights that die are exactly +0.0.
+    The result carries no gradient.
+
+    Args:
+        v: any shape; float32, float64, bfloat16 or float16.
+        step: step size eta >= 0.
+        lam: weight of the regularizer, >= 0.
+        penalty: elementwise penalty rho, a name of `PENALTIES`, or None for groups alone.
+        a: shape of the penalty, > 0. For "tl1", a -> 0 tends to l0 and a -> inf to l1.
+        mu: weight of the elementwise term, in [0, 1]; 1 - mu is the groups'. None: 1 without
+            groups, 0 without a penalty, 1/2 with both.
+        group_by: "out" (dim 0), "in" (dim 1), "in_spatial" (dims 1 and up), "filter_slice"
+            (dims 0 and 1), "layer" (all of `v`), an int dim, "auto" ("in" for matrices, "out"
+            for more dims), or None for no groups.
+        group_weight: None for c_g = 1, "sqrt" for the square root of the group's size.
+        backend: a name of `tl1kernels.info()`; None for the preferred one of the device.
+        out: where to write the result: shape, dtype and device of `v`, dense. May be `v`.
+
+    Returns:
+        `out`, or a new dense tensor like `v`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+        RuntimeError: the named backend cannot run.
+    """
+    plan.check_tensor("v", v)
+    eta = number("step", step)
+    if not 0 <= eta < float("inf"):
+        raise ValueError(f"step must be finite and >= 0, got {eta}")
+    options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
+    reg = Regularizer.of({**options, "group_by": group_by, "group_weight": group_weight})
+    if out is None:
+        out = torch.empty_like(v, memory_format=torch.preserve_format, requires_grad=False)
+    else:
+        _check_out(out, v)
+    view = view_of(out, group_by)
+    plan.run([(Assign(), Entry(out, v.detach(), view, {"lr": eta}, reg))], backend)
+    return out
+
+
+def prox_(v: Tensor, step: float | Tensor, **options: Any) -> Tensor:
+    """Run `prox` in place; `v` must be dense. Options and errors are those of `prox`."""
+    if "out" in options:
+        raise TypeError("prox_ writes to v and takes no out")
+    return prox(v, step, **options, out=v)
+
+
+def _check_out(out: Tensor, v: Tensor) -> None:
+    plan.check_tensor("out", out)
+    for name in ("shape", "dtype", "device"):
+        have, want = getattr(out, name), getattr(v, name)
+        if have != want:
+            raise ValueError(f"out must have the {name} of v, {want}, got {have}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a tensor that requires grad cannot be written in place; use torch.no_grad()"
+        )
+
+
+def penalty_value(
+    w: Tensor,
+    *,
+    lam: float | Tensor = 1.0,
+    penalty: str | None = "tl1",
+    a: float | Tensor = 1.0,
+    mu: float | Tensor | None = None,
+    group_by: GroupBy = None,
+    group_weight: str | None = None,
+) -> Tensor:
+    """Return the regularizer's value: lam * (mu sum rho_a(w_i) + (1 - mu) sum c_g ||w_g||_2).
+
+    Arguments and errors are those of `prox`; `w` may have any strides.
+
+    Returns:
+        A 0-d float64 tensor on w's device, differentiable with respect to `w`.
+    """
+    plan.check_tensor("w", w)
+    options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
+    reg = Regularizer.of({**options, "group_by": group_by, "group_weight": group_weight})
+    w = w.to(torch.float64, memory_format=torch.contiguous_format)
+    view = view_of(w, group_by)
+    elementwise, group = reg.weights(view)
+    total = w.new_zeros(())
+    if reg.penalty is not None and elementwise:
+        total = total + elementwise * PENALTIES[reg.penalty].value(w, reg.a).sum()
+    if group:
+        # vector_norm has a subgradient at a group of zeros; sqrt(sum of squares) has NaN there.
+        norms = torch.linalg.vector_norm(view.split(w), dim=(1, 3))
+        total = total + group * norms.sum()
+    return total

@@ -1,0 +1,98 @@
+"""Which weights of a model are regularized, and how strongly layer by layer: `param_groups`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl1kernels.penalties import Regularizer, number
+from tl1kernels.views import GroupBy, view_of
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# A transposed convolution's weight is (in, out, ...): the same neurons, the other dim.
+_TRANSPOSED_GROUP_BY: dict[GroupBy, GroupBy] = {"auto": 1, "out": 1, "in": 0}
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lam: float,
+    penalty: str | None = "tl1",
+    a: float = 1.0,
+    group_by: GroupBy = "auto",
+    mu: float | None = None,
+    mu_min: float = 0.2,
+    group_weight: str | None = None,
+) -> list[dict[str, Any]]:
+    """Split a model's parameters into param groups, one for each layer's weights.
+
+    Regularized are the parameters of two or more dimensions named `weight` or `..._weight...`
+    of every module that is neither a normalization nor an embedding, in the order in which the
+    model registers them. Everything else (biases, norm scales, embeddings) goes to a last group
+    with lam = 0. A parameter shared by several modules is taken once, where it first appears.
+
+    Where both terms are there (a penalty and groups), layer l of L gets, unless `mu` is given,
+
+        mu_l = mu_min + (1 - 2 mu_min) * l / (L - 1),   l = 0..L-1
+
+    so that group sparsity leads in the lower layers and single weights in the upper ones
+    (Yoon & Hwang 2017; Ma et al. 2019, section 3). One layer alone gets 1/2.
+
+    Args:
+        model: the network.
+        lam: weight of the regularizer, >= 0.
+        penalty, a, group_weight: as in `prox`.
+        group_by: as in `prox`; "auto" is "out" for convolutions and "in" for linear layers.
+        mu: weight of the elementwise term in every layer, in [0, 1]; None for the schedule.
+        mu_min: least weight of either term in the schedule, in [0, 1/2].
+
+    Returns:
+        Dicts for `ProxSGD`, `ProxAdam` or `ProxAdamW`; `name` says which weight a group holds.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+    """
+    options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu, "group_weight": group_weight}
+    Regularizer.of({**options, "group_by": group_by})
+    if not 0 <= number("mu_min", mu_min) <= 0.5:
+        raise ValueError(f"mu_min must be in [0, 1/2], got {mu_min}")
+
+    weights, rest = _weights(model)
+    groups: list[dict[str, Any]] = []
+    for index, (name, module, weight) in enumerate(weights):
+        transposed = isinstance(module, _TRANSPOSED)
+        by = _TRANSPOSED_GROUP_BY.get(group_by, group_by) if transposed else group_by
+        view = view_of(weight, by)
+        scheduled = mu is None and penalty is not None and view.grouped
+        depth = index / (len(weights) - 1) if len(weights) > 1 else 0.5
+        mu_l = mu_min + (1 - 2 * mu_min) * depth if scheduled else mu
+        groups.append({"params": [weight], "name": name, **options, "mu": mu_l, "group_by": by})
+    if rest:
+        groups.append({"params": rest, "name": "unregularized", "lam": 0.0})
+    return groups
+
+
+def _weights(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Tensor]], list[Tensor]]:
+    """Return the (name, module, weight) to regularize, and all other parameters, each once."""
+    weights, rest = [], []
+    seen: set[torch.nn.Parameter] = set()
+    for path, module in model.named_modules():
+        exempt = isinstance(module, (*_NORMS, nn.Embedding, nn.EmbeddingBag))
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            if parameter.ndim >= 2 and "weight" in name and not exempt:
+                weights.append((f"{path}.{name}".lstrip("."), module, parameter))
+            else:
+                rest.append(parameter)
+    return weights, rest

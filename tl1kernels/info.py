@@ -1,0 +1,80 @@
+"""What this installation can do on this machine: `tl1kernels.info()`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from tl1kernels.backends import BACKENDS, ENVIRONMENT, PREFERENCE, native
+
+
+@dataclass(frozen=True)
+class Info:
+    """Versions, devices, backends and what runs where; `print` it, or take `as_dict`.
+
+    Attributes:
+        versions: of this package, Python and torch.
+        devices: device types that torch can use here.
+        backends: name -> "available", or why not.
+        runs_on: device type -> backend that a step uses by default.
+        library: the native library: how it was built, or why it was not.
+        asked_for: the backend that the environment variable names, if it does.
+    """
+
+    versions: dict[str, str]
+    devices: dict[str, str]
+    backends: dict[str, str]
+    runs_on: dict[str, str]
+    library: str
+    asked_for: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain strings and dicts."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        sections = {
+            "versions": self.versions,
+            "devices": self.devices,
+            "backends": self.backends,
+            "a step runs on": self.runs_on,
+            "native library": {"csrc": self.library},
+        }
+        if self.asked_for:
+            sections["environment"] = {ENVIRONMENT: self.asked_for}
+        lines = []
+        for title, entries in sections.items():
+            lines.append(title)
+            lines += [f"  {name:<12}{value}" for name, value in entries.items()]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Return what is built, what a step would run on, and why not on the rest."""
+    from tl1kernels import __version__
+
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        devices["cuda"] = torch.cuda.get_device_name()
+    backends = {name: b.unavailable() or "available" for name, b in BACKENDS.items()}
+    runs_on = {
+        device: next(n for n in PREFERENCE[device] if backends[n] == "available")
+        for device in devices
+    }
+    problem = native.unavailable()
+    return Info(
+        versions={
+            "tl1kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        devices=devices,
+        backends=backends,
+        runs_on=runs_on,
+        library=problem or f"loads; {native.build_info()}; no kernels yet",
+        asked_for=os.environ.get(ENVIRONMENT) or None,
+    )

@@ -1,0 +1,218 @@
+"""The optimizers: torch.optim's options, state and checkpoints, with a proximal step inside.
+
+They subclass torch's own, so that schedulers, hooks, scalers and isinstance see what they know;
+`step` alone is replaced: it checks everything, then hands the tensors to `plan`. No maths here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl1kernels import plan
+from tl1kernels.batch import SGD, Adam, Entry, Rule, state_dtype
+from tl1kernels.penalties import Regularizer
+from tl1kernels.views import GroupBy, view_of
+
+_DOC = """torch.optim.{base} with a proximal step: connections and neurons become exact zeros.
+
+    One step is torch's update with step size lr, then the threshold of lr * lam * mu on single
+    weights, then the group shrinkage of lr * lam * (1 - mu) (Ma et al. 2019, eq. 22). The step
+    size of the thresholds is lr for Adam too, without its preconditioner.
+
+    Arguments are torch.optim.{base}'s, then, by keyword or as options of a param group:
+
+    Args:
+        lam: weight of the regularizer, >= 0; 0 is torch's optimizer.
+        penalty: elementwise penalty, a name of `PENALTIES`, or None for groups alone.
+        a: shape of the penalty, > 0.
+        mu: weight of the elementwise term, in [0, 1]; 1 - mu is the groups'. None: 1 without
+            groups, 0 without a penalty, 1/2 with both.
+        group_by: which weights form a group, as in `prox`; None for no groups.
+        group_weight: None, or "sqrt" to weigh a group by the square root of its size.
+        min_ndim: tensors of fewer dims stay unregularized: 2 spares biases and norm scales. In
+            a param group that sets `lam` itself the default is 0: the group says what it wants.
+
+    lr, lam, mu and a may change between steps. State is float32 or better, whatever the
+    parameter's dtype, under torch's names: checkpoints go both ways. `foreach` and `fused` are
+    accepted and change nothing; `differentiable=True` and `capturable=True` are refused.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed. Nothing is
+            changed then, neither by the constructor nor by `step`.
+    """
+
+
+class _Proximal(torch.optim.Optimizer):
+    """What the optimizers share; it stands before torch's class in their bases."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base = cls.__bases__[-1]  # torch.optim's
+        cls.__doc__ = _DOC.format(base=base.__name__)
+        ours = inspect.signature(_Proximal.__init__).parameters.values()
+        torchs = inspect.signature(base).parameters.values()
+        keyword_only = [p for p in ours if p.kind is p.KEYWORD_ONLY]
+        cls.__signature__ = inspect.Signature([*torchs, *keyword_only])  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *args: Any,
+        lam: float | Tensor = 0.0,
+        penalty: str | None = "tl1",
+        a: float | Tensor = 1.0,
+        mu: float | Tensor | None = None,
+        group_by: GroupBy = "auto",
+        group_weight: str | None = None,
+        min_ndim: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        # torch's __init__ replaces self.defaults and then calls add_param_group, which is where
+        # these join them.
+        self._options = {
+            "lam": lam,
+            "penalty": penalty,
+            "a": a,
+            "mu": mu,
+            "group_by": group_by,
+            "group_weight": group_weight,
+            "min_ndim": min_ndim,
+        }
+        # torch's choice between implementations; fused=True would also change how GradScaler
+        # treats this optimizer.
+        kwargs.pop("foreach", None)
+        kwargs.pop("fused", None)
+        super().__init__(params, *args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; see `torch.optim.Optimizer.add_param_group`."""
+        self.defaults.update(self.__dict__.pop("_options", {}))
+        if isinstance(param_group, dict) and "lam" in param_group:
+            param_group.setdefault("min_ndim", 0)
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of its torch.optim counterpart.
+
+        Options that the checkpoint lacks keep their present value. State is copied, in the
+        dtype that this optimizer gives it; torch would cast it to the parameter's.
+        """
+        present = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        saved_groups = state_dict["param_groups"]
+        for group, old, saved in zip(self.param_groups, present, saved_groups, strict=True):
+            for name, value in old.items():
+                group.setdefault(name, value)
+            for param, key in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor):
+                        dtype = value.dtype if name == "step" else state_dtype(param.dtype)
+                        device = value.device if name == "step" else param.device
+                        self.state[param][name] = value.to(device, dtype, copy=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one proximal step; return the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Two passes: whatever can be refused is refused before any state or weight is touched.
+        checked = []
+        for group in self.param_groups:
+            with_grad = [p for p in group["params"] if p.grad is not None]
+            checked.append((group, with_grad, *_check_group(group, with_grad)))
+        work = []
+        for group, params, regularizers, views in checked:
+            rule, scalars = self._rule(group)
+            for param, reg, view in zip(params, regularizers, views, strict=True):
+                own = {**scalars, **self._start(param, rule)}
+                state = {name: self.state[param][name] for name in (*rule.state, *rule.counters)}
+                work.append((rule, Entry(param, param.grad, view, own, reg, state)))
+        plan.run(work)
+        return loss
+
+    def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
+        """Return the update rule's variant and its scalars for one param group."""
+        raise NotImplementedError
+
+    def _start(self, param: Tensor, rule: Rule) -> dict[str, float]:
+        """Create the state that `param` lacks; return the scalars that differ on its first step."""
+        raise NotImplementedError
+
+
+class ProxSGD(_Proximal, torch.optim.SGD):  # noqa: D101 (the docstring is made of _DOC)
+    def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
+        rule = SGD(group["momentum"] != 0, bool(group["nesterov"]), bool(group["maximize"]))
+        names = ("lr", "momentum", "dampening", "weight_decay")
+        return rule, {name: float(group[name]) for name in names}
+
+    def _start(self, param: Tensor, rule: Rule) -> dict[str, float]:
+        state = self.state[param] if rule.state else {}
+        if not rule.state or state.get("momentum_buffer") is not None:
+            return {}
+        state["momentum_buffer"] = _zeros_like(param)
+        return {"dampening": 0.0}  # torch starts the buffer as the gradient itself
+
+
+class ProxAdam(_Proximal, torch.optim.Adam):  # noqa: D101 (the docstring is made of _DOC)
+    def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
+        rule = Adam(
+            amsgrad=bool(group["amsgrad"]),
+            decoupled=bool(group["decoupled_weight_decay"]),
+            maximize=bool(group["maximize"]),
+        )
+        beta1, beta2 = map(float, group["betas"])
+        scalars = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+        return rule, {**scalars, "beta1": beta1, "beta2": beta2}
+
+    def _start(self, param: Tensor, rule: Rule) -> dict[str, float]:
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        for name in rule.state:
+            if name not in state:
+                state[name] = _zeros_like(param)
+        return {}
+
+
+class ProxAdamW(ProxAdam, torch.optim.AdamW):  # noqa: D101 (the docstring is made of _DOC)
+    pass
+
+
+def _check_group(
+    group: dict[str, Any], params: list[Tensor] | None = None
+) -> tuple[list[Regularizer], list[Any]]:
+    """Check a param group's options and `params` (default: all); return each one's terms."""
+    for name in ("differentiable", "capturable"):
+        if group.get(name):
+            raise ValueError(f"{name} must be False, got {group[name]!r}: not supported yet")
+    min_ndim = group["min_ndim"]
+    if not isinstance(min_ndim, int) or min_ndim < 0:
+        raise ValueError(f"min_ndim must be an int >= 0, got {min_ndim!r}")
+    reg = Regularizer.of(group)
+    regularizers, views = [], []
+    for param in group["params"] if params is None else params:
+        plan.check_tensor("params", param)
+        if param.grad is not None:
+            plan.check_tensor("grad", param.grad)
+        regularized = reg.lam > 0 and param.ndim >= min_ndim
+        regularizers.append(reg if regularized else Regularizer())
+        views.append(view_of(param, reg.group_by if regularized else None))
+    return regularizers, views
+
+
+def _zeros_like(param: Tensor) -> Tensor:
+    return torch.zeros_like(
+        param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format
+    )
