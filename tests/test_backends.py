@@ -23,7 +23,7 @@ def entry(dtype=torch.float32, **options):
 
 @pytest.fixture
 def picky(monkeypatch):
-    """A second backend, preferred on the CPU, which takes float32 only."""
+    """Add a second backend, preferred on the CPU, which takes float32 only."""
     ran = []
     module = SimpleNamespace(
         unavailable=lambda: None,
@@ -133,7 +133,5 @@ def test_nothing_optional_is_imported_with_the_package():
         "print([m for m in ('sklearn', 'matplotlib', 'rich', 'mpmath.libmp', 'triton') "
         "if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"

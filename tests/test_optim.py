@@ -154,7 +154,10 @@ def test_p_and_grad_of_different_strides():
     p = torch.randn(8, 4, 3, 3).double().to(memory_format=torch.channels_last).requires_grad_()
     q = p.detach().contiguous().requires_grad_()
     gradient = torch.randn(4, 8, 3, 3).double().transpose(0, 1)
-    for tensor, optimizer in ((p, tk.ProxSGD([p], lr=0.1, lam=0.5)), (q, tk.ProxSGD([q], lr=0.1, lam=0.5))):
+    for tensor, optimizer in (
+        (p, tk.ProxSGD([p], lr=0.1, lam=0.5)),
+        (q, tk.ProxSGD([q], lr=0.1, lam=0.5)),
+    ):
         tensor.grad = gradient
         optimizer.step()
     torch.testing.assert_close(p, q, rtol=0, atol=1e-15)

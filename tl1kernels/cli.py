@@ -71,9 +71,7 @@ def _train(args: argparse.Namespace) -> int:
     try:
         from tl1kernels.train import command
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"train needs {error.name}: pip install 'tl1kernels[train]'"
-        ) from error
+        raise UsageError(f"train needs {error.name}: pip install 'tl1kernels[train]'") from error
     return command.run(args)
 
 

@@ -136,7 +136,8 @@ class _Proximal(torch.optim.Optimizer):
         for group, params, regularizers, views in checked:
             rule, scalars = self._rule(group)
             for param, reg, view in zip(params, regularizers, views, strict=True):
-                own = {**scalars, **self._start(param, rule)}
+                first = self._start(param, rule)
+                own = {**scalars, **first} if first else scalars
                 state = {name: self.state[param][name] for name in (*rule.state, *rule.counters)}
                 work.append((rule, Entry(param, param.grad, view, own, reg, state)))
         plan.run(work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -97,13 +98,14 @@ def group_index(shape: tuple[int, ...], group_by: str | int | None) -> np.ndarra
     ndim = len(shape)
     if group_by == "auto":
         group_by = "in" if ndim == 2 else "out"
-    dims = {
+    named: dict[Any, Any] = {
         "out": [0],
         "in": [1],
-        "in_spatial": list(range(1, ndim)),
+        "in_spatial": range(1, ndim),
         "filter_slice": [0, 1],
         "layer": [],
-    }.get(group_by, [group_by])  # type: ignore[call-overload, arg-type]
+    }
+    dims = named.get(group_by, [group_by])
     numbers: dict[tuple[int, ...], int] = {}
     index = np.empty(shape, dtype=np.int64)
     for position in product(*map(range, shape)):
@@ -123,7 +125,7 @@ def prox_as_published(
     group_by: str | int | None,
     group_weight: str | None = None,
 ) -> np.ndarray:
-    """Return the last two lines of eq. 22 in float64: the threshold, then the shrinkage by group."""
+    """Return the last two lines of eq. 22 in float64: threshold, then shrinkage by group."""
     tau = step * lam * mu
     t = v.astype(np.float64)
     if penalty == "l1":

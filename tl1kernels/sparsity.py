@@ -113,8 +113,8 @@ class Sparsity:
                     layer.name or layer.kind,
                     _share(layer.weights_left, layer.weights),
                     _share(layer.flops_left, layer.flops),
-                    f"{layer.inputs_removed} of {layer.inputs}",
-                    f"{layer.neurons_removed} of {layer.neurons}",
+                    f"{layer.inputs_removed}/{layer.inputs}",
+                    f"{layer.neurons_removed}/{layer.neurons}",
                 ]
             )
         rows.append(
@@ -123,7 +123,7 @@ class Sparsity:
                 _share(self.parameters_left, self.parameters),
                 _share(self.flops_left, self.flops),
                 "",
-                f"{self.neurons_removed} of {self.neurons}",
+                f"{self.neurons_removed}/{self.neurons}",
             ]
         )
         return rows
@@ -164,7 +164,7 @@ def sparsity(model: nn.Module, example_inputs: Any = None) -> Sparsity:
 
 
 def _layer(name: str, module: nn.Module, trace: _Trace) -> LayerSparsity:
-    weight = module.weight
+    weight = _weight(module)
     left = int(weight.count_nonzero())
     reads, computes = _alive(module)
     unread = trace.unread.get(module)
@@ -186,11 +186,10 @@ def _layer(name: str, module: nn.Module, trace: _Trace) -> LayerSparsity:
 
 def _alive(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Return which input units have a nonzero weight, and which output units: two bool vectors."""
-    nonzero = (module.weight.detach() != 0).flatten(2) if module.weight.ndim > 2 else (
-        module.weight.detach() != 0
-    ).unsqueeze(2)
-    connected = nonzero.any(2)  # (out, in / groups); transposed convolutions (in, out / groups)
-    parts = connected.chunk(getattr(module, "groups", 1), 0)
+    # (out, in / groups, positions); for transposed convolutions (in, out / groups, positions)
+    nonzero = _weight(module).detach().ne(0).unsqueeze(-1).flatten(2)
+    groups = module.groups if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) else 1
+    parts = nonzero.any(2).chunk(groups, 0)
     first = torch.cat([part.any(1) for part in parts])
     second = torch.cat([part.any(0) for part in parts])
     return (first, second) if isinstance(module, _TRANSPOSED) else (second, first)
@@ -279,7 +278,15 @@ class _Trace:
 
 def _unit_dim(layer: nn.Module, tensor: Tensor) -> int:
     """Return the dim of a layer's input or output that counts features or channels."""
-    return tensor.ndim - 1 if isinstance(layer, nn.Linear) else tensor.ndim - layer.weight.ndim + 1
+    return (
+        tensor.ndim - 1 if isinstance(layer, nn.Linear) else tensor.ndim - _weight(layer).ndim + 1
+    )
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _total(values: Iterable[int | None]) -> int | None:
@@ -290,4 +297,4 @@ def _total(values: Iterable[int | None]) -> int | None:
 def _share(left: int | None, total: int | None) -> str:
     if left is None or total is None:
         return "not counted"
-    return f"{left} of {total} ({left / max(total, 1):.1%})"
+    return f"{left}/{total} ({left / max(total, 1):.1%})"

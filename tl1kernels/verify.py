@@ -163,7 +163,7 @@ def _groups(generator: np.random.Generator) -> Iterator[Check]:
         for group_by, group_weight in product(GROUPINGS, (None, "sqrt")):
             shape = tuple(int(n) for n in generator.integers(2, 6, size=4))
             v = generator.normal(size=shape)
-            options = {
+            options: dict[str, Any] = {
                 "lam": 10 ** generator.uniform(-1, 0.5),
                 "a": 10 ** generator.uniform(-1, 1),
                 "mu": generator.uniform(),
@@ -181,7 +181,7 @@ def _groups(generator: np.random.Generator) -> Iterator[Check]:
 
 
 def _rules(generator: np.random.Generator) -> Iterator[Check]:
-    """lam = 0 against torch.optim over 20 steps in float64: the same bits."""
+    """Check steps with lam = 0 against torch.optim over 20 steps in float64: the same bits."""
     for name, (ours, torchs, options) in RULES.items():
         start = torch.from_numpy(generator.normal(size=(7, 5)))
         gradients = [torch.from_numpy(generator.normal(size=(7, 5))) for _ in range(20)]

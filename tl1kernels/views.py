@@ -134,7 +134,7 @@ def _group_dims(shape: tuple[int, ...], group_by: GroupBy) -> tuple[int, ...] | 
             )
         return (group_by % ndim,)
     dims = _NAMED_DIMS[group_by](ndim)
-    if dims and dims[-1] >= ndim or group_by == "in_spatial" and ndim < 2:
+    if (dims and dims[-1] >= ndim) or (group_by == "in_spatial" and ndim < 2):
         need = 1 if group_by == "out" else 2
         raise ValueError(f"group_by={group_by!r} needs at least {need} dims, got shape {shape}")
     return dims

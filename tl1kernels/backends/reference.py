@@ -63,9 +63,7 @@ def adam(rule: Adam, p: Tensor, g: Tensor, state: State, s: Scalars) -> Tensor:
     exp_avg.lerp_(g, 1 - s["beta1"])
     exp_avg_sq.mul_(s["beta2"]).addcmul_(g, g, value=1 - s["beta2"])
     if rule.amsgrad:
-        exp_avg_sq = torch.maximum(
-            state["max_exp_avg_sq"], exp_avg_sq, out=state["max_exp_avg_sq"]
-        )
+        exp_avg_sq = torch.maximum(state["max_exp_avg_sq"], exp_avg_sq, out=state["max_exp_avg_sq"])
     step_size = s["lr"] / (1 - s["beta1"] ** step)
     denominator = (exp_avg_sq.sqrt() / (1 - s["beta2"] ** step) ** 0.5).add_(s["eps"])
     return p.addcdiv(exp_avg, denominator, value=-step_size)
@@ -83,7 +81,7 @@ def _updated(rule: Rule, p: Tensor, g: Tensor, state: State, s: Scalars) -> Tens
 
 
 def prox_l1(v: Tensor, step: float, weight: float, a: float) -> Tensor:
-    """Soft threshold: max(0, |v| - step * weight)."""
+    """Return the soft threshold, max(0, |v| - step * weight)."""
     return (v - step * weight).clamp(min=0)
 
 
@@ -98,7 +96,7 @@ def tl1_threshold(tau: float, a: float) -> float:
 
 
 def prox_tl1(v: Tensor, step: float, weight: float, a: float) -> Tensor:
-    """Transformed l1: the largest root of (w - |v|) (a + w)^2 + tau a (a + 1) = 0, or 0.
+    """Return TL1's prox: the largest root of (w - |v|) (a + w)^2 + tau a (a + 1) = 0, or 0.
 
     The published closed form subtracts terms of the order of a. With a + w = (a + |v|) r and
     d = tau a (a + 1) / (a + |v|)^2 the cubic becomes r^3 - r^2 + (4/27) q = 0 for

@@ -8,7 +8,6 @@ import shlex
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import tl1kernels as tk
 from tl1kernels.train import experiment, report
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     try:
         return _search(args, methods, console) if args.search else _final(args, methods, console)
-    except experiment.Interrupted as stop:
+    except experiment.InterruptedRunsError as stop:
         console.print(f"\nInterrupted: {stop}.")
         return 130
 
@@ -47,16 +46,17 @@ def _search(args: argparse.Namespace, methods: tuple[str, ...], console: Console
     jobs = args.jobs or experiment.default_jobs()
     results = experiment.run_all(settings, args.out / "runs", jobs, console)
     chosen = experiment.choose(results)
-    table = Table(title="chosen on the validation split")
-    for header in ("method", "lam", "a", "accuracy %", "parameters %"):
-        table.add_column(header, justify="left" if header == "method" else "right")
+    headers = ["method", "lam", "a", "accuracy %", "parameters %"]
+    table = report.plain_table("Chosen on the validation split", headers)
     for method, row in chosen.items():
         figures = (f"{100 * row[name]:.1f}" for name in ("accuracy", "parameters"))
         table.add_row(report.TITLES[method], f"{row['lam']:g}", f"{row['a']:g}", *figures)
     console.print(table)
     path = args.out / "chosen.json"
     path.write_text(json.dumps({"command": _command(args), "chosen": chosen}, indent=2) + "\n")
-    console.print(f"Written to {path}; to use it, copy it over {experiment.chosen_path(args.dataset)}")
+    console.print(
+        f"Written to {path}; to use it, copy it over {experiment.chosen_path(args.dataset)}"
+    )
     return 0
 
 
@@ -65,22 +65,21 @@ def _final(args: argparse.Namespace, methods: tuple[str, ...], console: Console)
     jobs = args.jobs or experiment.default_jobs()
     results = experiment.run_all([*table, *curves], args.out / "runs", jobs, console)
     final = results[: len(table)]
-    report.print_table(report.summarize(final), console)
+    report.print_tables(report.summarize(final), args.dataset, console)
     files = report.write_all(args.out, final, results[len(table) :], _command(args))
     if "integrated_tl1" in methods:
         model = NETWORKS[args.dataset]()
         model.load_state_dict(torch.load(args.out / "models/integrated_tl1.pt", weights_only=True))
         _print_sparsity(tk.sparsity(model, DATA[args.dataset]("test").eval_images[:8]), console)
     for what, where in files.items():
-        console.print(f"{what:>22}: {where}")
+        console.print(f"{what:>22}: {where}", soft_wrap=True)
     return 0
 
 
 def _print_sparsity(left: tk.Sparsity, console: Console) -> None:
     header, *rows = left.rows()
-    table = Table(title="What integrated TL1 left of one network, layer by layer")
-    for name in header:
-        table.add_column(name, justify="left" if name == header[0] else "right")
+    title = "What integrated TL1 left of the network of median accuracy"
+    table = report.plain_table(title, [name.replace(" removed", "\nremoved") for name in header])
     for row in rows:
-        table.add_row(*row, end_section=row is rows[-2])
+        table.add_row(*row)
     console.print(table)

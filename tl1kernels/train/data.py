@@ -25,7 +25,7 @@ def digits(evaluate_on: str) -> Data:
     """Return scikit-learn's DIGITS: 1,797 images of 8 x 8 pixels in ten classes.
 
     One fifth is for the test, one fifth for validation, stratified by class. To choose options
-    (`evaluate_on="validation"`) a run fits 1,078 images and never sees the test split; the final
+    (`evaluate_on="validation"`) a run fits 1,077 images and never sees the test split; the final
     runs (`"test"`) fit those and the validation images, 1,437 in all.
     """
     from sklearn.datasets import load_digits

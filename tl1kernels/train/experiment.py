@@ -1,4 +1,4 @@
-"""Many runs: in parallel, resumable, with progress; the search for lam and a, and the final runs."""
+"""Many runs: in parallel, resumable; the search for lam and a, and the final runs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ CURVE_SEEDS = 2
 
 SEARCH_SEEDS = 5
 SEARCH_LAM = {
-    "l1": (0.2, 0.3, 0.4, 0.5, 0.6, 0.8),
+    "l1": (0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.8),
     "group_lasso": (0.5, 1.0, 1.5, 2.0, 2.5, 3.0),
-    "sparse_group_lasso": (0.4, 0.5, 0.6, 0.7, 0.8, 1.0),
+    "sparse_group_lasso": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     "tl1": (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4),
     "integrated_tl1": (0.15, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6),
 }
-SEARCH_A = (0.01, 0.1, 1.0, 10.0)
+SEARCH_A = (0.01, 0.1, 1.0)
 SHAPED = ("tl1", "integrated_tl1")
 """The methods whose penalty has a shape parameter a to search for."""
 
@@ -42,7 +42,7 @@ BUDGET = 0.10
 LEAST_ACCURACY = 0.05
 
 
-class Interrupted(Exception):
+class InterruptedRunsError(Exception):
     """Ctrl-C: some runs are on disk, the rest is not."""
 
 
@@ -56,7 +56,7 @@ def run_all(settings: Iterable[Setting], folder: Path, jobs: int, console: Conso
         console: where the progress bar goes.
 
     Raises:
-        Interrupted: on Ctrl-C; what was finished is in `folder`, and the same call goes on.
+        InterruptedRunsError: on Ctrl-C; what was finished is in `folder`, and the same call goes on.
     """
     wanted = list(dict.fromkeys(settings))
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,12 +83,12 @@ def run_all(settings: Iterable[Setting], folder: Path, jobs: int, console: Conso
         for process in list((pool._processes or {}).values()):
             process.terminate()
         finished = sum((folder / f"{s.file_name}.json").exists() for s in wanted)
-        raise Interrupted(
+        raise InterruptedRunsError(
             f"{finished} of {len(wanted)} runs are saved in {folder}; "
             "the same command goes on from there"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
     return [results[setting] for setting in wanted]
 
 

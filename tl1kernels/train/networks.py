@@ -10,24 +10,26 @@ from torch import nn
 def digits_network() -> nn.Sequential:
     """Return one convolution and two fully connected layers for 8 x 8 images in ten classes.
 
-    Xavier initialisation (Glorot & Bengio 2010), biases zero; 34,474 parameters.
+    34,346 parameters. Weights by Xavier initialisation (Glorot & Bengio 2010), biases zero but
+    for the hidden neurons', which start at 0.3: from zero a quarter of them falls silent on every
+    image within a few epochs, and what any penalty then removes says nothing about the penalty.
     """
-    network = nn.Sequential(
+    conv, fc1, fc2 = nn.Conv2d(1, 16, 3, padding=1), nn.Linear(16 * 4 * 4, 128), nn.Linear(128, 10)
+    for layer, bias in ((conv, 0.0), (fc1, 0.3), (fc2, 0.0)):
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.constant_(layer.bias, bias)
+    return nn.Sequential(
         OrderedDict(
-            conv=nn.Conv2d(1, 16, kernel_size=3, padding=1),
+            conv=conv,
             relu1=nn.ReLU(),
             pool=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
-            fc1=nn.Linear(16 * 4 * 4, 128),
+            fc1=fc1,
             relu2=nn.ReLU(),
-            fc2=nn.Linear(128, 10),
+            fc2=fc2,
         )
     )
-    for module in network:
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    return network
 
 
 NETWORKS = {"digits": digits_network}

@@ -12,10 +12,11 @@ from typing import Any
 
 import matplotlib
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tl1kernels.train.run import METHODS, Setting
+from tl1kernels.train.run import METHODS, Setting, environment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,14 +32,18 @@ TITLES = {
     "integrated_tl1": "integrated TL1",
 }
 MEASURES = {
-    "accuracy": "accuracy %",
-    "flops": "FLOPs %",
-    "parameters": "parameters %",
-    "neurons_removed": "neurons removed %",
-    "last_inputs_removed": "last layer: neurons removed %",
-    "last_zeros": "last layer: zeros among the rest %",
+    "accuracy": "accuracy\n%",
+    "flops": "FLOPs\n%",
+    "parameters": "parameters\n%",
+    "neurons_removed": "neurons\nremoved %",
 }
-"""Columns of the table. The last two are the paper's Table 3."""
+"""Columns of the main table: the paper's Table 2, and neurons."""
+LAST_LAYER = {
+    "last_inputs_removed": "neurons\nremoved %",
+    "last_zeros": "zeros among\nthe rest %",
+}
+"""Columns of the paper's Table 3: neurons without weights in the last layer, and what the others
+lost there."""
 
 
 def measures(result: Result) -> dict[str, float]:
@@ -67,7 +72,7 @@ def summarize(results: Sequence[Result]) -> list[dict[str, Any]]:
     for (method, lam, a), group in runs.items():
         row: dict[str, Any] = {"method": method, "lam": lam, "a": a, "seeds": len(group)}
         every = [measures(result) for result in group]
-        for name in MEASURES:
+        for name in (*MEASURES, *LAST_LAYER):
             values = [one[name] for one in every]
             row[name] = mean(values)
             row[f"{name}_std"] = stdev(values) if len(values) > 1 else 0.0
@@ -75,15 +80,24 @@ def summarize(results: Sequence[Result]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (METHODS.index(row["method"]), row["lam"]))
 
 
-def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
+def plain_table(title: str, headers: Sequence[str]) -> Table:
+    """Return an empty table that fits into 80 columns; the first column is on the left."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def print_tables(rows: Sequence[dict[str, Any]], dataset: str, console: Console) -> None:
     """Print the summary: mean ± standard deviation over the seeds."""
-    table = Table(title=f"DIGITS, test split, mean ± standard deviation of {rows[0]['seeds']} runs")
-    for header in ("method", "lam", "a", *MEASURES.values()):
-        table.add_column(header, justify="left" if header == "method" else "right")
-    for row in rows:
-        cells = [f"{row[name]:.1f} ± {row[name + '_std']:.1f}" for name in MEASURES]
-        table.add_row(TITLES[row["method"]], f"{row['lam']:g}", f"{row['a']:g}", *cells)
-    console.print(table)
+    seeds = rows[0]["seeds"]
+    title = f"{dataset.upper()}, test split: mean ± standard deviation of {seeds} runs"
+    for heading, columns in ((title, MEASURES), ("The same runs' last layer", LAST_LAYER)):
+        table = plain_table(heading, ["method", "lam", "a", *columns.values()])
+        for row in rows:
+            cells = [f"{row[name]:.1f} ±{row[name + '_std']:.1f}" for name in columns]
+            table.add_row(TITLES[row["method"]], f"{row['lam']:g}", f"{row['a']:g}", *cells)
+        console.print(table)
 
 
 def write_all(
@@ -100,10 +114,11 @@ def write_all(
         "first-layer filters": out / "filters.png",
         "sparse models": out / "models",
     }
-    files["table"].write_text(json.dumps({"command": command, "rows": rows}, indent=2) + "\n")
+    summary = {"command": command, "environment": environment(), "rows": rows}
+    files["table"].write_text(json.dumps(summary, indent=2) + "\n")
     _write_csv(files["table as CSV"], rows)
     _write_csv(files["points of the curves"], points)
-    plot_curves(points, files["curves"])
+    plot_curves(points, table[0]["setting"]["dataset"], files["curves"])
     models = copy_models(out, table)
     plot_filters(models, files["first-layer filters"])
     return files
@@ -123,7 +138,7 @@ def copy_models(out: Path, table: Sequence[Result]) -> dict[str, Path]:
     return models
 
 
-def plot_curves(points: Sequence[dict[str, Any]], path: Path) -> None:
+def plot_curves(points: Sequence[dict[str, Any]], dataset: str, path: Path) -> None:
     """Plot accuracy against parameters, one line a method, one point a lam."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for method in METHODS:
@@ -144,7 +159,7 @@ def plot_curves(points: Sequence[dict[str, Any]], path: Path) -> None:
         xscale="log",
         xlabel="parameters left, % (log scale)",
         ylabel="test accuracy, %",
-        title="DIGITS: accuracy against size as lam grows",
+        title=f"{dataset.upper()}: accuracy against size as lam grows",
         ylim=(88, 100),
     )
     axes.grid(alpha=0.3)
@@ -165,7 +180,7 @@ def plot_filters(models: dict[str, Path], path: Path) -> None:
         gap = torch.full((n, height, 1), float("nan"))
         strip = torch.cat([filters, gap], 2).permute(1, 0, 2).reshape(height, -1)[:, :-1]
         limit = float(filters.abs().max()) or 1.0
-        ax.imshow(strip, cmap="RdBu", vmin=-limit, vmax=limit)
+        ax.imshow(strip.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
         for index in filters.flatten(1).eq(0).all(1).nonzero().flatten().tolist():
             left = index * (width + 1) - 0.5
             ax.plot([left, left + width], [-0.5, height - 0.5], color="black", linewidth=0.8)

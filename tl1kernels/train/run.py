@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -69,7 +71,7 @@ def train(setting: Setting) -> tuple[torch.nn.Module, dict[str, Any]]:
         "sparsity": left.as_dict(),
         "history": history,
         "seconds": time.perf_counter() - began,
-        "versions": {"torch": torch.__version__, "numpy": _numpy_version()},
+        "environment": environment(),
     }
     return network, result
 
@@ -117,7 +119,12 @@ def _data(dataset: str, evaluate_on: str) -> Data:
     return DATA[dataset](evaluate_on)
 
 
-def _numpy_version() -> str:
-    import numpy
-
-    return numpy.__version__
+def environment() -> dict[str, str]:
+    """Return what, besides the setting, a result may depend on."""
+    return {
+        "tl1kernels": tk.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+    }

@@ -1,0 +1,78 @@
+"""Render the README's tables from the results under bench/results, and nothing else.
+
+python bench/readme.py           write them between their markers in README.md
+python bench/readme.py --check   exit with 1 if README.md and the results disagree
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+
+TITLES = {
+    "none": "no penalty",
+    "l1": "l1",
+    "group_lasso": "group lasso",
+    "sparse_group_lasso": "sparse group lasso",
+    "tl1": "TL1",
+    "integrated_tl1": "**integrated TL1**",
+}
+
+
+def digits() -> str:
+    """Return DIGITS' table: the paper's Tables 2 and 3 side by side."""
+    results = json.loads((RESULTS / "digits.json").read_text())
+    columns = {
+        "accuracy": "accuracy %",
+        "parameters": "parameters %",
+        "flops": "FLOPs %",
+        "neurons_removed": "neurons removed %",
+        "last_inputs_removed": "last layer: neurons removed %",
+        "last_zeros": "last layer: zeros among the rest %",
+    }
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in results["rows"]:
+        cells = [f"{row[name]:.1f} ± {row[name + '_std']:.1f}" for name in columns]
+        lines.append(f"| {TITLES[row['method']]} | " + " | ".join(cells) + " |")
+    environment = results["environment"]
+    seeds = results["rows"][0]["seeds"]
+    lines += [
+        "",
+        f"Test split, mean ± standard deviation of {seeds} runs; `{results['command']}`, "
+        f"torch {environment['torch']}, {environment['machine']}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"digits": digits}
+
+
+def rendered(readme: str) -> str:
+    """Return the README with each table between its markers made anew."""
+    for name, table in TABLES.items():
+        block = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if not block.search(readme):
+            raise SystemExit(f"README.md has no markers for the table {name!r}")
+        content = table()
+        readme = block.sub(lambda m, content=content: m[1] + content + m[2], readme)
+    return readme
+
+
+def main() -> int:
+    """Write or check."""
+    old = README.read_text()
+    new = rendered(old)
+    if "--check" in sys.argv[1:]:
+        if old != new:
+            print("README.md disagrees with bench/results; run python bench/readme.py")
+        return int(old != new)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
