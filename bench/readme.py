@@ -54,10 +54,10 @@ TABLES = {"digits": digits}
 def rendered(readme: str) -> str:
     """Return the README with each table between its markers made anew."""
     for name, table in TABLES.items():
-        block = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        block = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not block.search(readme):
             raise SystemExit(f"README.md has no markers for the table {name!r}")
-        content = table()
+        content = table() + "\n"
         readme = block.sub(lambda m, content=content: m[1] + content + m[2], readme)
     return readme
 

@@ -59,7 +59,7 @@ def test_with_a_compiler_the_library_is_built_and_its_errors_are_errors(sources)
     assert files[f"tl1kernels/{native.REPORT}"].startswith(b"built by")
     with (sources / "csrc" / "library.cpp").open("a") as file:
         file.write("this is not C++\n")
-    with pytest.raises(AssertionError, match="library.cpp"):
+    with pytest.raises(AssertionError, match=r"library\.cpp"):
         build(sources)
 
 
@@ -76,6 +76,12 @@ def test_the_readmes_commands_are_the_makefiles():
         assert f"make {target}" in readme
         assert re.search(rf"^{target}: ", makefile, re.MULTILINE)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readmes_tables_are_rendered_from_the_results():
+    command = [sys.executable, str(ROOT / "bench" / "readme.py"), "--check"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_version_is_one():

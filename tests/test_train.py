@@ -35,7 +35,7 @@ def test_the_splits_are_disjoint_and_the_test_split_is_never_fitted_for_a_choice
     assert not rows(choosing.fit_images) & rows(choosing.eval_images)
     assert final.fit_images.shape[1:] == (1, 8, 8)
     assert 0 <= final.fit_images.min() <= final.fit_images.max() <= 1
-    with pytest.raises(ValueError, match="evaluate_on must be .*'train'"):
+    with pytest.raises(ValueError, match=r"evaluate_on must be .*'train'"):
         data.digits("train")
 
 

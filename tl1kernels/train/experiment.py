@@ -56,7 +56,7 @@ def run_all(settings: Iterable[Setting], folder: Path, jobs: int, console: Conso
         console: where the progress bar goes.
 
     Raises:
-        InterruptedRunsError: on Ctrl-C; what was finished is in `folder`, and the same call goes on.
+        InterruptedRunsError: on Ctrl-C; what was finished is in `folder`, the same call goes on.
     """
     wanted = list(dict.fromkeys(settings))
     folder.mkdir(parents=True, exist_ok=True)
