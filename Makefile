@@ -21,7 +21,7 @@ setup: $(VENV)/.done
 
 # Two installs: the library's build needs torch's headers, and build isolation
 # would download another torch to get them.
-$(VENV)/.done: pyproject.toml constraints.txt $(wildcard csrc/*)
+$(VENV)/.done: pyproject.toml constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy 'scikit-build-core>=0.11' 'cmake>=3.24' ninja
 	$(PIP) --no-build-isolation -e '.[train,test]'

@@ -9,18 +9,11 @@ import re
 import sys
 from pathlib import Path
 
+from tl1kernels.train.report import TITLES
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-
-TITLES = {
-    "none": "no penalty",
-    "l1": "l1",
-    "group_lasso": "group lasso",
-    "sparse_group_lasso": "sparse group lasso",
-    "tl1": "TL1",
-    "integrated_tl1": "**integrated TL1**",
-}
 
 
 def digits() -> str:

@@ -13,6 +13,7 @@ class Everything(nn.Module):
         self.embedding = nn.Embedding(10, 8)
         self.conv = nn.Conv2d(1, 4, 3)
         self.up = nn.ConvTranspose2d(4, 2, 3)
+        self.bag = nn.EmbeddingBag(10, 8)
         self.norm = nn.LayerNorm((2, 6, 6))
         self.attention = nn.MultiheadAttention(8, 2)
         self.hidden = nn.Linear(8, 8)
@@ -45,7 +46,13 @@ def test_weights_are_regularized_and_nothing_else_is():
     rest = groups.pop("unregularized")
     assert rest["lam"] == 0
     spared = {id(p) for p in rest["params"]}
-    for p in (model.embedding.weight, model.norm.weight, model.position, model.hidden.bias):
+    for p in (
+        model.embedding.weight,
+        model.bag.weight,
+        model.norm.weight,
+        model.position,
+        model.hidden.bias,
+    ):
         assert id(p) in spared
     assert all(group["lam"] == 0.1 for group in groups.values())
     assert groups["hidden.weight"]["params"] == [model.hidden.weight]
@@ -79,13 +86,36 @@ def test_transposed_convolutions_group_by_the_same_neurons():
     assert tk.param_groups(model, lam=0.1, group_by="layer")[0]["group_by"] == "layer"
 
 
+def test_convolutions_with_groups_refuse_an_index_that_stands_for_several_neurons():
+    transposed = nn.ConvTranspose2d(4, 4, 3, groups=2)
+    assert tk.param_groups(transposed, lam=0.1)[0]["group_by"] == 0
+    depthwise = nn.Conv2d(4, 4, 3, groups=4)
+    assert tk.param_groups(depthwise, lam=0.1)[0]["group_by"] == "auto"
+    plain = nn.ConvTranspose2d(4, 4, 3)
+    for module, group_by in (
+        (transposed, "out"),
+        (plain, "in_spatial"),
+        (depthwise, "in"),
+        (depthwise, "in_spatial"),
+    ):
+        with pytest.raises(ValueError, match=f"group_by='{group_by}' does not name neurons"):
+            tk.param_groups(module, lam=0.1, group_by=group_by)
+
+
 def test_presets_are_the_regularizers_that_the_paper_compares():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
     v = torch.randn(4, 5).double()
+    want = {
+        "l1": tk.prox(v, 0.5, penalty="l1"),
+        "group_lasso": tk.prox(v, 0.5, penalty=None, group_by=1),
+        "sparse_group_lasso": tk.prox(v, 0.5, penalty="l1", group_by=1, mu=0.5),
+        "tl1": tk.prox(v, 0.5),
+        "integrated_tl1": tk.prox(v, 0.5, group_by=1, mu=0.5),
+    }
+    assert want.keys() == tk.PRESETS.keys()
     for name, options in tk.PRESETS.items():
         tk.ProxSGD(tk.param_groups(model, lam=0.1, **options))
-        w = tk.prox(v, 0.5, **options)
-        assert (name == "group_lasso") or (w == 0).any()
+        assert torch.equal(tk.prox(v, 0.5, **options), want[name])
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ import inspect
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import tl1kernels as tk
 from tl1kernels import oracles
+from tl1kernels.backends import reference
 from tl1kernels.verify import RULES
 
 PAIRS = [
@@ -294,6 +296,66 @@ def test_a_first_gradient_that_comes_late(ours, torchs):
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
+def test_load_hooks_have_the_say_that_torch_gives_them():
+    p, q = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
+    optimizer = tk.ProxAdam([p, q], lr=0.1)
+    for i, tensor in enumerate((p, q)):
+        tensor.grad = torch.full((2, 2), float(i + 1))
+    optimizer.step()
+    moments = [optimizer.state[t]["exp_avg"].clone() for t in (p, q)]
+
+    def swap(_, checkpoint):
+        state = {0: checkpoint["state"][1], 1: checkpoint["state"][0]}
+        return {**checkpoint, "state": state}
+
+    def mark(loaded):
+        loaded.state[q]["exp_avg"].fill_(7.0)
+
+    optimizer.register_load_state_dict_pre_hook(swap)
+    optimizer.register_load_state_dict_post_hook(mark)
+    optimizer.load_state_dict(state_of(optimizer))
+    assert torch.equal(optimizer.state[p]["exp_avg"], moments[1])
+    assert optimizer.state[q]["exp_avg"].eq(7.0).all()
+    assert "_loading" not in vars(optimizer)
+
+
+def test_a_checkpoint_of_a_capturable_optimizer_loads_and_steps():
+    model = network()
+    optimizer = tk.ProxAdamW(model.parameters(), lr=0.01, lam=0.1)
+    step(model, optimizer, 0)
+    checkpoint = state_of(optimizer)
+    checkpoint["param_groups"][0].update(capturable=True, fused=True)
+    optimizer.load_state_dict(checkpoint)
+    assert not optimizer.param_groups[0]["capturable"]
+    step(model, optimizer, 1)
+
+
+def test_numpy_numbers_become_plain_ones_so_that_a_checkpoint_loads():
+    model = network()
+    optimizer = tk.ProxSGD(model.parameters(), lam=np.float64(0.1), mu=np.float32(0.5), a=2)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert [type(group[name]) for name in ("lam", "mu", "a")] == [float, float, float]
+
+
+def test_the_optimizers_can_be_subclassed():
+    class Mine(tk.ProxAdamW):
+        """Mine."""
+
+    assert Mine.__doc__ == "Mine."
+    optimizer = Mine(network().parameters(), lr=0.1, lam=0.2)
+    assert optimizer.param_groups[0]["lam"] == 0.2
+
+
+def test_foreach_and_fused_change_nothing():
+    model = network()
+    optimizer = tk.ProxAdam(model.parameters(), lam=0.1, foreach=True, fused=True)
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+    step(model, optimizer, 0)
+
+
 def test_schedulers_and_changes_of_lam_between_steps():
     p = torch.full((1, 2), 10.0, dtype=torch.float64, requires_grad=True)
     optimizer = tk.ProxSGD([p], lr=1.0, lam=1.0, penalty="l1", group_by=None)
@@ -410,6 +472,66 @@ def test_bad_options_at_construction_in_a_group_and_between_steps(options, error
 def test_capturable_is_refused_until_a_backend_can():
     with pytest.raises(ValueError, match="capturable must be False, got True"):
         tk.ProxAdam([torch.ones(2, 2, requires_grad=True)], capturable=True)
+
+
+def dampened():
+    """Return an optimizer whose first step tells whether state was there before it."""
+    p, q = (torch.ones(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = tk.ProxSGD([{"params": [p]}, {"params": [q]}], lr=1.0, momentum=0.9, dampening=0.5)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    return optimizer, p, q
+
+
+def test_a_step_that_a_backend_refuses_leaves_no_trace(monkeypatch):
+    optimizer, p, q = dampened()
+    monkeypatch.setattr(reference, "rejects", lambda batch: "not today")
+    with pytest.raises(RuntimeError, match="not today"):
+        optimizer.step()
+    assert not optimizer.state
+    monkeypatch.undo()
+    optimizer.step()
+    assert p.eq(0).all()
+    assert q.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("lr", "fast", TypeError, "lr must be a number or a 0-d tensor, got 'fast'"),
+        ("momentum", "some", TypeError, "momentum must be a number"),
+        ("group_by", 9, ValueError, "group_by=9"),
+        ("min_ndim", True, ValueError, "min_ndim must be an int >= 0, got True"),
+    ],
+)
+def test_a_bad_option_of_the_last_group_leaves_no_trace_in_the_first(name, value, error, message):
+    optimizer, p, _ = dampened()
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert not optimizer.state
+    assert p.eq(1).all()
+
+
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
+def test_a_step_size_without_a_prox_is_refused_between_steps(lr):
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="lr must be finite and >= 0"):
+        optimizer.step()
+    assert p.eq(1).all()
+
+
+def test_a_group_that_is_refused_for_any_reason_is_not_kept():
+    optimizer = tk.ProxSGD([torch.ones(2, 2, requires_grad=True)], lam=0.1)
+    more = torch.ones(2, 2, requires_grad=True)
+    for bad in (10**400, torch.ones((), device="meta"), ["tl1"]):
+        with pytest.raises((TypeError, ValueError, OverflowError, RuntimeError)):
+            optimizer.add_param_group({"params": [more], "lam": bad})
+        assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match=r"penalty must be None or one of .*\['tl1'\]"):
+        optimizer.add_param_group({"params": [more], "penalty": ["tl1"]})
 
 
 def test_bad_gradients_change_nothing_not_even_the_good_tensors():

@@ -15,22 +15,22 @@ from tests.strategies import has_view, tensors
 from tl1kernels import oracles
 from tl1kernels.backends import reference
 from tl1kernels.backends.reference import tl1_threshold
-from tl1kernels.verify import GROUPINGS, tl1_condition
+from tl1kernels.plan import FLOAT_DTYPES as DTYPES
+from tl1kernels.verify import GROUPINGS
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-
-def test_every_penalty_has_a_reference_prox_and_an_oracle():
-    assert reference.PROX.keys() == tk.PENALTIES.keys() == oracles.VALUES.keys()
+def test_every_penalty_of_the_registry_is_everywhere():
+    assert reference.PROX.keys() == {None, *tk.PENALTIES}
+    assert oracles.ORACLES.keys() == tk.PENALTIES.keys()
 
 
 @pytest.mark.parametrize("name", tk.PENALTIES)
-def test_values_agree_with_the_definition(name):
+def test_values_agree_with_the_oracle(name):
     w = torch.linspace(-3, 3, 61, dtype=torch.float64)
     for a in (1e-3, 0.5, 1.0, 1e6):
-        want = [float(oracles.VALUES[name](x, a)) for x in w.tolist()]
-        got = tk.PENALTIES[name].value(w, a).tolist()
-        assert got == pytest.approx(want, rel=1e-14)
+        want = sum(float(oracles.ORACLES[name].value(x, 0.7, a)) for x in w.tolist())
+        got = tk.penalty_value(w, lam=0.7, penalty=name, a=a).item()
+        assert got == pytest.approx(want, rel=1e-13)
 
 
 # --- One weight: the definition, from tiny to huge.
@@ -45,15 +45,16 @@ OFFSETS = (-1e-1, -1e-6, 1e-6, 1e-3, 1e-1, 1.0, 1e3)
 def test_prox_is_the_argmin_of_its_definition(name, a):
     """Float64 within 1e-13 of |v|, float32 within 1 ulp, on both sides of every threshold."""
     for lam in LAM:
-        threshold = tl1_threshold(lam, a) if name == "tl1" else lam
+        oracle = oracles.ORACLES[name]
+        threshold = oracle.threshold(lam, a)
         for offset in OFFSETS:
             v = threshold * (1 + offset)
             for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2.0**-23)):
                 x = torch.tensor([-v], dtype=dtype)
                 got = tk.prox(x, lam, penalty=name, a=a)
                 want = float(oracles.prox_by_definition(x.item(), lam, 1.0, name, a))
-                magnified = tl1_condition(x.double().numpy(), lam, a) if name == "tl1" else 1.0
-                limit = tolerance * abs(x.item()) * float(np.max(magnified))
+                magnified = oracle.condition(abs(x.item()), lam, a)
+                limit = tolerance * abs(x.item()) * magnified
                 assert abs(got.item() - want) <= limit, (name, a, lam, offset, dtype, got, want)
                 if dtype == torch.float32 and want != 0:
                     nearest = np.float32(want)
@@ -72,7 +73,7 @@ def test_tl1_either_side_of_the_change_from_continuous_to_jump(a):
             v = tl1_threshold(tau, a) * (1 + offset)
             got = tk.prox(torch.tensor([v], dtype=torch.float64), tau, a=a).item()
             want = float(oracles.prox_by_definition(v, tau, 1.0, "tl1", a))
-            limit = 1e-13 * v * float(tl1_condition(np.array(v), tau, a))
+            limit = 1e-13 * v * oracles.ORACLES["tl1"].condition(v, tau, a)
             assert abs(got - want) <= limit, (a, factor, offset, got, want)
 
 
@@ -206,6 +207,8 @@ def test_dead_weights_are_plus_zero(dtype, penalty):
         [[-1e-3, -0.0, 0.0, 1e-3], [-5, 5, -1e-3, -tiny], [0, -0.0, 0, 0]], dtype=dtype
     )
     for mu, group_by in ((1.0, None), (0.5, 0), (0.0, 0), (0.5, "layer")):
+        if penalty is None and group_by is None:
+            continue  # nothing to die of
         w = tk.prox(v, 0.1, penalty=penalty, mu=mu, group_by=group_by)
         assert (bits(w)[w == 0] == 0).all(), (mu, group_by, w)
     assert (bits(tk.prox(v, 0.1, penalty=penalty, mu=0.5, group_by=0))[0] == 0).all()
@@ -223,6 +226,28 @@ def test_step_zero_changes_nothing():
     v = torch.randn(5, 6)
     assert torch.equal(tk.prox(v, 0.0, lam=3.0, group_by="in"), v)
     assert torch.equal(tk.prox(v, 1.0, lam=0.0, group_by="in"), v)
+
+
+@pytest.mark.parametrize("size", [1e-170, 1e170])
+def test_group_norms_neither_under_nor_overflow(size):
+    v = torch.tensor([[3 * size, 4 * size]], dtype=torch.float64)
+    assert torch.equal(tk.prox(v, 0.0, penalty=None, group_by="out"), v)
+    half = tk.prox(v, 2.5 * size, penalty=None, group_by="out")
+    torch.testing.assert_close(half, v / 2, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_rounded_once(dtype):
+    """A float64 next to the middle of two neighbours, which float32 takes for the middle."""
+    low = torch.rand(50).add(1).to(dtype)
+    high = (low.view(torch.int16) + 1).view(dtype)
+    middle = (low.double() + high.double()) / 2
+    for offset, nearest in ((2.0**-40, high), (-(2.0**-40), low)):
+        for value, want in zip((middle + offset).tolist(), nearest.tolist(), strict=True):
+            p = torch.zeros(1, dtype=dtype, requires_grad=True)
+            p.grad = torch.tensor([-1.0], dtype=dtype)
+            tk.ProxSGD([p], lr=value).step()
+            assert p.item() == want, (value, want)
 
 
 @pytest.mark.parametrize("penalty", tk.PENALTIES)
@@ -261,12 +286,20 @@ def test_penalty_value_is_the_sum_that_it_says(data):
     got = tk.penalty_value(w, lam=lam, penalty=penalty, a=a, mu=mu, group_by=group_by).item()
     want = 0.0
     if penalty is not None:
-        want += lam * mu * sum(oracles.VALUES[penalty](x, a) for x in w.flatten().tolist())
+        value = oracles.ORACLES[penalty].value
+        want += sum(value(x, lam * mu, a) for x in w.flatten().tolist())
     if group_by is not None:
         index = oracles.group_index(tuple(w.shape), group_by)
         norms = [np.linalg.norm(w.numpy()[index == g]) for g in range(index.max() + 1)]
         want += lam * (1 - mu) * sum(norms)
     assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_penalty_value_takes_any_strides():
+    w = torch.randn(6, 8, dtype=torch.float64)
+    for strided in (w[:, ::2], w.T[1:], w[:1].expand(3, 8)):
+        got = tk.penalty_value(strided, group_by="in")
+        assert got == tk.penalty_value(strided.clone().contiguous(), group_by="in")
 
 
 def test_penalty_value_has_a_gradient_also_at_zero_groups():

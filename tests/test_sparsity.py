@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tl1kernels as tk
@@ -96,6 +98,82 @@ def test_tied_weights_count_once_and_a_shared_layer_per_use():
     assert left.parameters == 25
     assert len(left.layers) == 1
     assert left.flops == 2 * 2 * 25
+
+
+class Frozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.body(x)
+        return self.head(input=h)
+
+
+def test_no_neuron_of_a_dense_model_is_removed():
+    """Whatever normalizes, gates, recomputes or hides: silence is not a missing weight."""
+    shifted = nn.Sequential(
+        nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(inplace=True), nn.Linear(128, 10)
+    )
+    for _ in range(50):
+        shifted(torch.rand(64, 64) * 255)
+    wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 4), nn.Softmax(-1))
+    half = convnet().to(torch.bfloat16)
+    vgg = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 3))
+    attention = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    recomputed = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = recomputed
+
+        def forward(self, x):
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    class Classes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = recomputed
+
+        def forward(self, x):
+            return self.body(x).argmax(1)
+
+    for model, x in (
+        (shifted, torch.rand(2, 64) * 255),
+        (wide, torch.randn(1, 8)),
+        (half, torch.randn(2, 1, 8, 8, dtype=torch.bfloat16)),
+        (vgg, torch.randn(2, 1, 4, 4)),
+        (attention, torch.randn(2, 5, 16)),
+        (Frozen(), torch.randn(2, 4)),
+        (Checkpointed(), torch.randn(2, 8)),
+        (Classes(), torch.randn(2, 8)),
+    ):
+        left = tk.sparsity(model, x)
+        assert left.neurons_removed == 0, model
+        assert left.flops > 0
+
+
+def test_unread_neurons_are_seen_through_batch_norm_and_in_inference_mode():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[1].running_mean.fill_(50)
+        model[3].weight[:, [1, 4]] = 0
+    assert tk.sparsity(model, torch.randn(4, 6)).neurons_removed == 2
+    with torch.inference_mode():
+        assert tk.sparsity(model, torch.randn(4, 6)).neurons_removed == 2
+    assert tk.sparsity(model, {"input": torch.randn(4, 6)}).neurons_removed == 2
+
+
+def test_a_layer_that_does_not_run_has_no_flops_and_an_empty_batch_is_refused():
+    model = nn.ModuleDict({"used": nn.Linear(4, 3), "unused": nn.Linear(4, 5)})
+    model.forward = lambda x: model["used"](x)
+    left = tk.sparsity(model, torch.randn(2, 4))
+    assert [layer.flops for layer in left.layers] == [24, None]
+    assert left.flops == 24
+    with pytest.raises(ValueError, match="example_inputs must hold at least one example"):
+        tk.sparsity(model, torch.randn(0, 4))
 
 
 def test_the_model_is_left_as_it_was():

@@ -46,6 +46,7 @@ def test_chosen_options_are_committed_with_their_command():
     for method, row in file["chosen"].items():
         if method != "none":
             assert row["lam"] in experiment.SEARCH_LAM[method]
+            assert row["a"] in (experiment.SEARCH_A if method in experiment.SHAPED else (1.0,))
 
 
 def result(method, lam, accuracy, parameters, a=1.0):
@@ -137,9 +138,44 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.draft"))
 
 
+def test_runs_of_other_code_or_without_their_model_are_run_again(tmp_path):
+    setting = run.Setting("digits", "l1", 0.3, 1.0, 0, "validation", epochs=1)
+    run.run_to_file(setting, tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    stale = json.loads(file.read_text())
+    stale["environment"]["sources"] = "of another day"
+    stale["accuracy"] = -1.0
+    file.write_text(json.dumps(stale))
+    assert run.run_to_file(setting, tmp_path)["accuracy"] > 0
+    file.with_suffix(".pt").unlink()
+    assert run.run_to_file(setting, tmp_path)["accuracy"] > 0
+    assert file.with_suffix(".pt").exists()
+
+
+def test_settings_that_differ_have_names_that_differ():
+    names = {
+        run.Setting("digits", "l1", lam, 1.0, 0, "test").file_name
+        for lam in (0.1234567, 0.1234568, 0.3, 0.1 + 0.2)
+    }
+    assert len(names) == 4
+
+
+def test_hidden_neurons_all_speak_at_the_start():
+    images = data.digits("test").fit_images
+    silent = {0.0: 0, 0.3: 0}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        network = networks.digits_network()
+        for bias in silent:
+            nn.init.constant_(network.fc1.bias, bias)
+            silent[bias] += network[:6](images).le(0).all(0).sum().item()
+    assert silent[0.0] > 0.05 * 5 * 128
+    assert silent[0.3] == 0
+
+
 def test_ctrl_c_saves_finished_runs_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "tl1kernels", "train", "digits", "--out", str(tmp_path)]
-    command += ["--seeds", "1", "--epochs", "3", "--methods", "none", "l1", "tl1"]
+    command += ["--seeds", "1", "--epochs", "3", "--methods", "none", "l1", "tl1", "--jobs", "1"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=dict(os.environ)
     )
@@ -156,9 +192,25 @@ def test_ctrl_c_saves_finished_runs_and_says_how_to_go_on(tmp_path):
     assert len(list((tmp_path / "runs").glob("*.json"))) == 9
 
 
-def test_unknown_methods_are_named(capsys):
-    assert cli.main(["train", "digits", "--methods", "l3"]) == 2
+def test_a_method_named_twice_is_trained_once(tmp_path):
+    command = ["train", "digits", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
+    assert cli.main([*command, "--methods", "none", "none"]) == 0
+    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 1
+
+
+def test_bad_usage_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    assert cli.main(["train", "digits", "--methods", "l3", "--out", str(tmp_path)]) == 2
     assert "'l3'" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert cli.main(["train", "digits", "--out", str(tmp_path / "file")]) == 2
+    assert "--out must be a folder" in capsys.readouterr().err
+    monkeypatch.setenv("TL1KERNELS_BACKEND", "abacus")
+    assert cli.main(["train", "digits", "--out", str(tmp_path)]) == 2
+    assert "'abacus'" in capsys.readouterr().err
+    for bad in (["verify", "--seed", "-1"], ["train", "digits", "--seeds", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(bad)
+        assert "must be a whole number >= " in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from tl1kernels import cli
+import tl1kernels as tk
+from tl1kernels import cli, oracles
 from tl1kernels.backends import reference
+from tl1kernels.penalties import Penalty
 from tl1kernels.verify import verify
 
 
@@ -17,18 +19,20 @@ def test_the_reference_passes():
 
 
 def plant_wrong_coefficient(monkeypatch):
-    right = reference.prox_tl1
-    wrong = lambda v, step, weight, a: right(v, step, weight * (1 + 1e-6), a)  # noqa: E731
-    monkeypatch.setattr(reference, "PROX", {**reference.PROX, "tl1": wrong})
+    right = reference.PROX["tl1"]
+
+    def wrong(v, step, terms):
+        return right(v, step, terms._replace(elementwise=terms.elementwise * (1 + 1e-6)))
+
+    monkeypatch.setitem(reference.PROX, "tl1", wrong)
 
 
 def plant_wrong_group_scale(monkeypatch):
     right = reference.shrink_groups
 
-    def wrong(t, view, tau):
-        out = right(t, view, tau).clone()
-        if view.n_groups > 1:
-            view.split(out)[-1, :, -1] *= 1 + 1e-6
+    def wrong(t, tau):
+        out = right(t, tau)
+        out[-1, :, -1] *= 1 + 1e-6
         return out
 
     monkeypatch.setattr(reference, "shrink_groups", wrong)
@@ -37,9 +41,9 @@ def plant_wrong_group_scale(monkeypatch):
 def plant_stale_last_element(monkeypatch):
     right = reference._run_entry
 
-    def wrong(rule, entry):
+    def wrong(rule, penalty, entry):
         old = entry.param.detach().clone()
-        right(rule, entry)
+        right(rule, penalty, entry)
         index = (-1,) * old.ndim
         entry.param[index] = old[index]
 
@@ -47,12 +51,13 @@ def plant_stale_last_element(monkeypatch):
 
 
 def plant_nan(monkeypatch):
-    right = reference.prox_l1
-    wrong = lambda v, step, weight, a: right(v, step, weight, a) * float("nan")  # noqa: E731
-    monkeypatch.setattr(reference, "PROX", {**reference.PROX, "l1": wrong})
+    right = reference.PROX["l1"]
+    monkeypatch.setitem(
+        reference.PROX, "l1", lambda v, step, terms: right(v, step, terms) * float("nan")
+    )
 
 
-def plant_forgotten_bias_correction(monkeypatch):
+def plant_doubled_eps(monkeypatch):
     right = reference.adam
 
     def wrong(rule, p, g, state, s):
@@ -68,7 +73,7 @@ def plant_forgotten_bias_correction(monkeypatch):
         plant_wrong_group_scale,
         plant_stale_last_element,
         plant_nan,
-        plant_forgotten_bias_correction,
+        plant_doubled_eps,
     ],
 )
 def test_a_planted_error_fails(monkeypatch, capsys, plant):
@@ -94,6 +99,41 @@ def test_an_unknown_backend_is_named(capsys):
     assert "'abacus'" in capsys.readouterr().err
 
 
-def test_input_is_fresh():
+def test_input_is_fresh_and_the_callers_generator_untouched():
+    before = torch.get_rng_state()
     assert verify("reference").seed != verify("reference").seed
-    assert torch.initial_seed() == 0  # the caller's generator is not touched
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_penalty_is_added_by_the_readmes_recipe(monkeypatch):
+    """MCP (Zhang 2010): not a weight times a function, and not valid at every step size."""
+
+    def value(w, weight, a):
+        size = w.abs()
+        inner = weight * size - size**2 / (2 * a)
+        return torch.where(size <= a * weight, inner, a * weight**2 / 2).sum()
+
+    def check(a, step):
+        return None if a > step else f"mcp needs a > step, which is {step}"
+
+    def firm_threshold(v, step, weight, a):
+        inner = ((v - step * weight) / (1 - step / a)).clamp(min=0)
+        return torch.where(v <= a * weight, inner, v)
+
+    def again(w, weight, a):
+        return weight * w - w**2 / (2 * a) if w <= a * weight else a * weight**2 / 2
+
+    row = Penalty("mcp", "Zhang 2010", value, shaped=True, check=check)
+    monkeypatch.setitem(tk.PENALTIES, "mcp", row)
+    monkeypatch.setitem(reference.PROX, "mcp", reference.thresholded(firm_threshold))
+    monkeypatch.setitem(oracles.ORACLES, "mcp", oracles.Oracle(again))
+    with pytest.raises(ValueError, match=r"a=0.2 with step=0.3: mcp needs a > step"):
+        tk.prox(torch.ones(2), 0.3, penalty="mcp", a=0.2)
+    with pytest.raises(ValueError, match=r"a=0.2 with lr=0.3"):
+        tk.ProxSGD([torch.ones(2, 2, requires_grad=True)], lr=0.3, lam=1, penalty="mcp", a=0.2)
+    w = torch.linspace(-2, 2, 41).double()
+    want = sum(again(abs(x), 0.5, 2.0) for x in w.tolist())
+    assert tk.penalty_value(w, lam=0.5, penalty="mcp", a=2.0).item() == pytest.approx(want)
+    report = verify("reference", 0)
+    assert report.passed, str(report)
+    assert any("prox mcp" in check.what for check in report.checks)

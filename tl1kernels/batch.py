@@ -1,8 +1,8 @@
 """What a backend takes: tensors that go through the same step together, and the update rules.
 
 A step is update rule, then elementwise threshold, then group shrinkage (Ma et al. 2019, eq. 22).
-A `Batch` names the rule and the penalty, which select code, and carries everything else as data:
-whatever a scheduler may change between two steps is a number in `Entry`, never a variant of code.
+A `Batch` names the rule and the penalty, which select code; everything that a scheduler may change
+between two steps is a number in `Entry`, never a variant of code. lam = 0 is a number too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tl1kernels.penalties import Regularizer
+from tl1kernels.penalties import Terms
 from tl1kernels.views import GroupView
 
 
@@ -72,7 +72,8 @@ class Entry:
         grad: the gradient (for `Assign`, the source); same shape, any strides and float dtype.
         view: the groups of `param`.
         scalars: the rule's scalars and `lr`, the step size that also scales the thresholds.
-        regularizer: its options; lam = 0 leaves the rule's result as it is.
+        terms: the regularizer's weights and shape; both weights 0 leave the rule's result as
+            it is, to the bit.
         state: the rule's state by name, updated in place.
     """
 
@@ -80,13 +81,13 @@ class Entry:
     grad: Tensor
     view: GroupView
     scalars: Mapping[str, float]
-    regularizer: Regularizer
+    terms: Terms
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Batch:
-    """Entries that share a device, a dtype, a rule and a penalty."""
+    """Entries that share a device, a dtype, a rule and a penalty (None: groups alone, or none)."""
 
     device: torch.device
     dtype: torch.dtype

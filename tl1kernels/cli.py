@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check a backend against independent oracles")
     verify.add_argument("--backend", default="reference", help="name of a backend [%(default)s]")
-    verify.add_argument("--seed", type=int, help="of the random input [a fresh one, printed]")
+    verify.add_argument("--seed", type=_count, help="of the random input [a fresh one, printed]")
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verify.set_defaults(run=_verify)
 
@@ -60,29 +61,52 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return _count(text, 1)
+
+
+def _require(backend: str | None) -> None:
+    from tl1kernels import backends
+
+    try:
+        backends.require(backend)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+
+
+@contextmanager
+def _extra(name: str, command: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{command} needs {error.name}: pip install 'tl1kernels[{name}]'"
+        ) from error
 
 
 def _train(args: argparse.Namespace) -> int:
-    try:
+    from tl1kernels import backends
+
+    with _extra("train", "train"):
         from tl1kernels.train import command
-    except ModuleNotFoundError as error:
-        raise UsageError(f"train needs {error.name}: pip install 'tl1kernels[train]'") from error
+    _require(backends.asked_for())
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out must be a folder that can be written: {error}") from error
     return command.run(args)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from tl1kernels import backends
-    from tl1kernels.verify import verify
-
-    try:
-        backends.require(args.backend)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(str(error)) from error
+    with _extra("test", "verify"):
+        from tl1kernels.verify import verify
+    _require(args.backend)
     report = verify(args.backend, args.seed)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0 if report.passed else 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tl1kernels import plan
 from tl1kernels.batch import Assign, Entry
-from tl1kernels.penalties import PENALTIES, Regularizer, number
+from tl1kernels.penalties import PENALTIES, Options, Regularizer, number
 from tl1kernels.views import GroupBy, view_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def prox(
@@ -59,8 +62,6 @@ def prox(
     """
     plan.check_tensor("v", v)
     eta = number("step", step)
-    if not 0 <= eta < float("inf"):
-        raise ValueError(f"step must be finite and >= 0, got {eta}")
     options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
     reg = Regularizer.of({**options, "group_by": group_by, "group_weight": group_weight})
     if out is None:
@@ -68,11 +69,13 @@ def prox(
     else:
         _check_out(out, v)
     view = view_of(out, group_by)
-    plan.run([(Assign(), Entry(out, v.detach(), view, {"lr": eta}, reg))], backend)
+    reg.check_step("step", eta)
+    entry = Entry(out, v.detach(), view, {"lr": eta}, reg.terms(view))
+    plan.execute(plan.prepare([(Assign(), penalty, entry)], backend))
     return out
 
 
-def prox_(v: Tensor, step: float | Tensor, **options: Any) -> Tensor:
+def prox_(v: Tensor, step: float | Tensor, **options: Unpack[Options]) -> Tensor:
     """Run `prox` in place; `v` must be dense. Options and errors are those of `prox`."""
     if "out" in options:
         raise TypeError("prox_ writes to v and takes no out")
@@ -111,14 +114,11 @@ def penalty_value(
     plan.check_tensor("w", w)
     options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
     reg = Regularizer.of({**options, "group_by": group_by, "group_weight": group_weight})
-    w = w.to(torch.float64, memory_format=torch.contiguous_format)
+    w = w.to(torch.float64).contiguous()
     view = view_of(w, group_by)
-    elementwise, group = reg.weights(view)
+    terms, split = reg.terms(view), view.split(w)
     total = w.new_zeros(())
-    if reg.penalty is not None and elementwise:
-        total = total + elementwise * PENALTIES[reg.penalty].value(w, reg.a).sum()
-    if group:
-        # vector_norm has a subgradient at a group of zeros; sqrt(sum of squares) has NaN there.
-        norms = torch.linalg.vector_norm(view.split(w), dim=(1, 3))
-        total = total + group * norms.sum()
-    return total
+    if reg.penalty is not None:
+        total = total + PENALTIES[reg.penalty].value(split, terms.elementwise, terms.a)
+    # vector_norm has a subgradient at a group of zeros; sqrt(sum of squares) has NaN there.
+    return total + terms.group * torch.linalg.vector_norm(split, dim=(1, 3)).sum()

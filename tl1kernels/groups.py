@@ -18,8 +18,6 @@ _NORMS = (
     nn.LocalResponseNorm,
 )
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# A transposed convolution's weight is (in, out, ...): the same neurons, the other dim.
-_TRANSPOSED_GROUP_BY: dict[GroupBy, GroupBy] = {"auto": 1, "out": 1, "in": 0}
 
 
 def param_groups(
@@ -69,8 +67,7 @@ def param_groups(
     weights, rest = _weights(model)
     groups: list[dict[str, Any]] = []
     for index, (name, module, weight) in enumerate(weights):
-        transposed = isinstance(module, _TRANSPOSED)
-        by = _TRANSPOSED_GROUP_BY.get(group_by, group_by) if transposed else group_by
+        by = _neurons(module, group_by)
         view = view_of(weight, by)
         scheduled = mu is None and penalty is not None and view.grouped
         depth = index / (len(weights) - 1) if len(weights) > 1 else 0.5
@@ -79,6 +76,23 @@ def param_groups(
     if rest:
         groups.append({"params": rest, "name": "unregularized", "lam": 0.0})
     return groups
+
+
+def _neurons(module: nn.Module, group_by: GroupBy) -> GroupBy:
+    """Return the `group_by` of a module's weight that names the neurons meant.
+
+    A transposed convolution's weight is (in, out, ...). With `groups`, the second dim of either
+    kind counts within a group, and one index stands for several neurons: refused.
+    """
+    divided = getattr(module, "groups", 1) != 1
+    refused: tuple[GroupBy, ...] = ("in", "in_spatial") if divided else ()
+    dims: dict[GroupBy, GroupBy] = {}
+    if isinstance(module, _TRANSPOSED):
+        refused = ("out", "in_spatial") if divided else ("in_spatial",)
+        dims = {"auto": 0 if divided else 1, "out": 1, "in": 0}
+    if group_by in refused:
+        raise ValueError(f"group_by={group_by!r} does not name neurons of {module}")
+    return dims.get(group_by, group_by)
 
 
 def _weights(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Tensor]], list[Tensor]]:

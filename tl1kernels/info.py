@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from tl1kernels.backends import BACKENDS, ENVIRONMENT, PREFERENCE, native
+from tl1kernels.backends import BACKENDS, PREFERENCE, asked_for, native
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,9 @@ class Info:
         versions: of this package, Python and torch.
         devices: device types that torch can use here.
         backends: name -> "available", or why not.
-        runs_on: device type -> backend that a step uses by default.
+        runs_on: device type -> backend of a step, or what is wrong with the one asked for.
         library: the native library: how it was built, or why it was not.
-        asked_for: the backend that the environment variable names, if it does.
+        asked_for: the backend that `use_backend` or the environment names, if one does.
     """
 
     versions: dict[str, str]
@@ -45,11 +44,11 @@ class Info:
             "native library": {"csrc": self.library},
         }
         if self.asked_for:
-            sections["environment"] = {ENVIRONMENT: self.asked_for}
+            sections["asked for"] = {"backend": self.asked_for}
         lines = []
         for title, entries in sections.items():
             lines.append(title)
-            lines += [f"  {name:<12}{value}" for name, value in entries.items()]
+            lines += [f"  {name:<11} {value}" for name, value in entries.items()]
         return "\n".join(lines)
 
 
@@ -61,10 +60,11 @@ def info() -> Info:
     if torch.cuda.is_available():
         devices["cuda"] = torch.cuda.get_device_name()
     backends = {name: b.unavailable() or "available" for name, b in BACKENDS.items()}
-    runs_on = {
-        device: next(n for n in PREFERENCE[device] if backends[n] == "available")
-        for device in devices
-    }
+    asked = asked_for()
+    runs_on = {device: asked or _preferred(device, backends) for device in devices}
+    if asked is not None and backends.get(asked) != "available":
+        why = backends.get(asked, "no such backend")
+        runs_on = dict.fromkeys(devices, f"nothing: {asked!r} was asked for: {why}")
     problem = native.unavailable()
     return Info(
         versions={
@@ -76,5 +76,9 @@ def info() -> Info:
         backends=backends,
         runs_on=runs_on,
         library=problem or f"loads; {native.build_info()}; no kernels yet",
-        asked_for=os.environ.get(ENVIRONMENT) or None,
+        asked_for=asked,
     )
+
+
+def _preferred(device: str, backends: dict[str, str]) -> str:
+    return next(name for name in PREFERENCE[device] if backends[name] == "available")

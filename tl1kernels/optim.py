@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tl1kernels import plan
 from tl1kernels.batch import SGD, Adam, Entry, Rule, state_dtype
-from tl1kernels.penalties import Regularizer
-from tl1kernels.views import GroupBy, view_of
+from tl1kernels.penalties import Regularizer, number
+from tl1kernels.views import GroupBy, GroupView, view_of
 
 _DOC = """torch.optim.{base} with a proximal step: connections and neurons become exact zeros.
 
@@ -50,14 +50,7 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
 class _Proximal(torch.optim.Optimizer):
     """What the optimizers share; it stands before torch's class in their bases."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        base = cls.__bases__[-1]  # torch.optim's
-        cls.__doc__ = _DOC.format(base=base.__name__)
-        ours = inspect.signature(_Proximal.__init__).parameters.values()
-        torchs = inspect.signature(base).parameters.values()
-        keyword_only = [p for p in ours if p.kind is p.KEYWORD_ONLY]
-        cls.__signature__ = inspect.Signature([*torchs, *keyword_only])  # type: ignore[attr-defined]
+    _loading: tuple[dict[str, Any], list[dict[str, Any]]]
 
     def __init__(
         self,
@@ -95,11 +88,15 @@ class _Proximal(torch.optim.Optimizer):
         if isinstance(param_group, dict) and "lam" in param_group:
             param_group.setdefault("min_ndim", 0)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            _check_group(self.param_groups[-1])
-        except (TypeError, ValueError):
+            _check_group(group)
+        except BaseException:
             del self.param_groups[-1]
             raise
+        for name in ("lam", "a", "mu"):  # a NumPy scalar would keep a checkpoint from loading
+            if group[name] is not None and not isinstance(group[name], Tensor):
+                group[name] = float(group[name])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch.optim counterpart.
@@ -107,17 +104,31 @@ class _Proximal(torch.optim.Optimizer):
         Options that the checkpoint lacks keep their present value. State is copied, in the
         dtype that this optimizer gives it; torch would cast it to the parameter's.
         """
-        present = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        saved_groups = state_dict["param_groups"]
+        # The last pre-hook sees what the user's hooks made of the checkpoint.
+        handle = self.register_load_state_dict_pre_hook(_remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_loading", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_loading" not in self.__dict__:
+            return
+        checkpoint, present = self._loading
+        saved_groups = checkpoint["param_groups"]
         for group, old, saved in zip(self.param_groups, present, saved_groups, strict=True):
             for name, value in old.items():
                 group.setdefault(name, value)
+            # How torch ran its step says nothing about how this one can.
+            group.update({name: old[name] for name in _IMPLEMENTATION if name in old})
             for param, key in zip(group["params"], saved["params"], strict=True):
-                for name, value in state_dict["state"].get(key, {}).items():
+                for name, value in checkpoint["state"].get(key, {}).items():
                     if isinstance(value, Tensor):
-                        dtype = value.dtype if name == "step" else state_dtype(param.dtype)
-                        device = value.device if name == "step" else param.device
+                        scalar = name == "step"
+                        dtype = value.dtype if scalar else state_dtype(param.dtype)
+                        device = torch.device("cpu") if scalar else param.device
                         self.state[param][name] = value.to(device, dtype, copy=True)
 
     @torch.no_grad()
@@ -127,20 +138,23 @@ class _Proximal(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Two passes: whatever can be refused is refused before any state or weight is touched.
-        checked = []
+        # Whatever can be refused is refused before any state or weight is touched.
+        work: list[tuple[Rule, str | None, Entry]] = []
         for group in self.param_groups:
             with_grad = [p for p in group["params"] if p.grad is not None]
-            checked.append((group, with_grad, *_check_group(group, with_grad)))
-        work = []
-        for group, params, regularizers, views in checked:
+            regularized = _check_group(group, with_grad)
             rule, scalars = self._rule(group)
-            for param, reg, view in zip(params, regularizers, views, strict=True):
-                first = self._start(param, rule)
-                own = {**scalars, **first} if first else scalars
-                state = {name: self.state[param][name] for name in (*rule.state, *rule.counters)}
-                work.append((rule, Entry(param, param.grad, view, own, reg, state)))
-        plan.run(work)
+            for param, (reg, view) in zip(with_grad, regularized, strict=True):
+                entry = Entry(param, param.grad, view, scalars, reg.terms(view))
+                work.append((rule, reg.penalty, entry))
+        prepared = plan.prepare(work)
+        for rule, _, entry in work:
+            if rule.state:
+                first = self._start(entry.param, rule)
+                entry.scalars = {**entry.scalars, **first}
+                state = self.state[entry.param]
+                entry.state = {name: state[name] for name in (*rule.state, *rule.counters)}
+        plan.execute(prepared)
         return loss
 
     def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
@@ -152,65 +166,90 @@ class _Proximal(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class ProxSGD(_Proximal, torch.optim.SGD):  # noqa: D101 (the docstring is made of _DOC)
+_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+"""torch's options that choose how a step runs, not what it does."""
+
+
+def _remember(optimizer: Any, checkpoint: dict[str, Any]) -> None:
+    optimizer._loading = checkpoint, [dict(group) for group in optimizer.param_groups]
+
+
+def _described(cls: type[_Proximal]) -> type[_Proximal]:
+    """Give an optimizer its docstring, and torch's signature followed by our options."""
+    base = cls.__bases__[-1]
+    ours = inspect.signature(_Proximal.__init__).parameters.values()
+    torchs = inspect.signature(base).parameters.values()
+    keyword_only = [p for p in ours if p.kind is p.KEYWORD_ONLY]
+    cls.__doc__ = _DOC.format(base=base.__name__)
+    cls.__signature__ = inspect.Signature([*torchs, *keyword_only])  # type: ignore[attr-defined]
+    return cls
+
+
+@_described
+class ProxSGD(_Proximal, torch.optim.SGD):  # noqa: D101 (_described writes it)
     def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
         rule = SGD(group["momentum"] != 0, bool(group["nesterov"]), bool(group["maximize"]))
         names = ("lr", "momentum", "dampening", "weight_decay")
-        return rule, {name: float(group[name]) for name in names}
+        return rule, {name: number(name, group[name]) for name in names}
 
     def _start(self, param: Tensor, rule: Rule) -> dict[str, float]:
-        state = self.state[param] if rule.state else {}
-        if not rule.state or state.get("momentum_buffer") is not None:
+        state = self.state[param]
+        if state.get("momentum_buffer") is not None:
             return {}
         state["momentum_buffer"] = _zeros_like(param)
         return {"dampening": 0.0}  # torch starts the buffer as the gradient itself
 
 
-class ProxAdam(_Proximal, torch.optim.Adam):  # noqa: D101 (the docstring is made of _DOC)
+@_described
+class ProxAdam(_Proximal, torch.optim.Adam):  # noqa: D101 (_described writes it)
     def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
         rule = Adam(
             amsgrad=bool(group["amsgrad"]),
             decoupled=bool(group["decoupled_weight_decay"]),
             maximize=bool(group["maximize"]),
         )
-        beta1, beta2 = map(float, group["betas"])
-        scalars = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+        beta1, beta2 = (number("betas", beta) for beta in group["betas"])
+        scalars = {name: number(name, group[name]) for name in ("lr", "eps", "weight_decay")}
         return rule, {**scalars, "beta1": beta1, "beta2": beta2}
 
     def _start(self, param: Tensor, rule: Rule) -> dict[str, float]:
         state = self.state[param]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         for name in rule.state:
             if name not in state:
                 state[name] = _zeros_like(param)
         return {}
 
 
-class ProxAdamW(ProxAdam, torch.optim.AdamW):  # noqa: D101 (the docstring is made of _DOC)
+@_described
+class ProxAdamW(ProxAdam, torch.optim.AdamW):  # noqa: D101 (_described writes it)
     pass
 
 
 def _check_group(
     group: dict[str, Any], params: list[Tensor] | None = None
-) -> tuple[list[Regularizer], list[Any]]:
-    """Check a param group's options and `params` (default: all); return each one's terms."""
+) -> list[tuple[Regularizer, GroupView]]:
+    """Check a param group's options and `params` (default: all); return what regularizes each."""
     for name in ("differentiable", "capturable"):
         if group.get(name):
             raise ValueError(f"{name} must be False, got {group[name]!r}: not supported yet")
     min_ndim = group["min_ndim"]
-    if not isinstance(min_ndim, int) or min_ndim < 0:
+    if not isinstance(min_ndim, int) or isinstance(min_ndim, bool) or min_ndim < 0:
         raise ValueError(f"min_ndim must be an int >= 0, got {min_ndim!r}")
     reg = Regularizer.of(group)
-    regularizers, views = [], []
+    reg.check_step("lr", number("lr", group["lr"]))
+    regularized = []
     for param in group["params"] if params is None else params:
         plan.check_tensor("params", param)
-        if param.grad is not None:
+        if params is not None and param.grad is not None:
             plan.check_tensor("grad", param.grad)
-        regularized = reg.lam > 0 and param.ndim >= min_ndim
-        regularizers.append(reg if regularized else Regularizer())
-        views.append(view_of(param, reg.group_by if regularized else None))
-    return regularizers, views
+        here = reg if param.ndim >= min_ndim else _NONE
+        regularized.append((here, view_of(param, here.group_by)))
+    return regularized
+
+
+_NONE = Regularizer(penalty=None)
 
 
 def _zeros_like(param: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ loops over index tuples; update rules are torch.optim's. `verify` and the tests 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -14,30 +16,77 @@ import mpmath
 import numpy as np
 from mpmath import mpf
 
-VALUES: dict[str, Callable[[mpf, mpf], mpf]] = {
-    "l1": lambda w, a: abs(w),
-    "tl1": lambda w, a: (a + 1) * abs(w) / (a + abs(w)),
-}
-"""rho_a(w) in mpmath, by name of the penalty."""
-
 DIGITS = 44
 
 
+@dataclass(frozen=True)
+class Oracle:
+    """What is known of a penalty, written again from its source, in mpmath.
+
+    Attributes:
+        value: (w, weight, a) -> the weighted penalty of one weight.
+        published: (|v|, step, weight, a) -> |w|, the closed form; None to search instead.
+        threshold: (step * weight, a) -> about where |v| begins to live; where tests look closely.
+        condition: (|v|, step * weight, a) -> by how much rounding is magnified there, about.
+    """
+
+    value: Callable[[mpf, mpf, mpf], mpf]
+    published: Callable[[mpf, mpf, mpf, mpf], mpf] | None = None
+    threshold: Callable[[float, float], float] = lambda tau, a: tau
+    condition: Callable[[float, float, float], float] = lambda v, tau, a: 1.0
+
+
+def _tl1_threshold(tau: mpf, a: mpf) -> mpf:
+    if tau <= a**2 / (2 * (a + 1)):
+        return tau * (a + 1) / a
+    return mpmath.sqrt(2 * tau * (a + 1)) - a / 2
+
+
+def _tl1_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
+    """Ma et al. 2019, eq. 11. It cancels: a = 100, tau = 1e-6 leaves float32 no digit."""
+    tau = step * weight
+    if v <= _tl1_threshold(tau, a):
+        return mpf(0)
+    phi = mpmath.acos(1 - 27 * tau * a * (a + 1) / (2 * (a + v) ** 3))
+    return 2 * (a + v) * mpmath.cos(phi / 3) / 3 - 2 * a / 3 + v / 3
+
+
+def _tl1_condition(v: float, tau: float, a: float) -> float:
+    """Return 1 / sqrt(1 - q), large at the cubic's double root; for q > 1 the prox is 0."""
+    q = 6.75 * tau * (a + 1) / (a + v) * a / (a + v) / (a + v)
+    return 1.0 if q > 1 else 1 / math.sqrt(max(1 - q, 1e-30))
+
+
+ORACLES: dict[str, Oracle] = {
+    "l1": Oracle(
+        value=lambda w, weight, a: weight * abs(w),
+        published=lambda v, step, weight, a: max(v - step * weight, mpf(0)),
+    ),
+    "tl1": Oracle(
+        value=lambda w, weight, a: weight * (a + 1) * abs(w) / (a + abs(w)),
+        published=_tl1_published,
+        threshold=lambda tau, a: float(_tl1_threshold(mpf(tau), mpf(a))),
+        condition=_tl1_condition,
+    ),
+}
+"""By name of the penalty; the tests hold it against the registry."""
+
+
 def prox_by_definition(v: float, step: float, weight: float, penalty: str, a: float) -> mpf:
-    """Return argmin over w of (w - v)^2 / 2 + step * weight * rho_a(w), to about 20 digits.
+    """Return argmin over w of (w - v)^2 / 2 + step * penalty(w), to about 20 digits.
 
     A dense search over [0, |v|] in float64, on a linear and a logarithmic grid, brackets the
     local minima; golden-section search in 44 digits polishes each; the least value wins, 0 being
     among the candidates.
     """
-    rho = VALUES[penalty]
+    value = ORACLES[penalty].value
     with mpmath.workdps(DIGITS):
-        tau, shape, size = mpf(step) * mpf(weight), mpf(a), abs(mpf(v))
+        eta, scale, shape, size = mpf(step), mpf(weight), mpf(a), abs(mpf(v))
         if size == 0:
             return mpf(0)
 
         def objective(w: mpf) -> mpf:
-            return (w - size) ** 2 / 2 + tau * rho(w, shape)
+            return (w - size) ** 2 / 2 + eta * value(w, scale, shape)
 
         grid = sorted({mpf(0), size, *_grid(size)})
         values = [objective(w) for w in grid]
@@ -75,22 +124,13 @@ def _golden(f: Callable[[mpf], mpf], low: mpf, high: mpf) -> mpf:
     return (low + high) / 2
 
 
-def tl1_as_published(v: float, tau: float, a: float) -> float:
-    """Return the TL1 prox by the paper's closed form (eq. 11).
-
-    In 44 digits, for it cancels: with a = 100 and tau = 1e-6, float32 loses every digit.
-    """
+def prox_by_formula(v: float, step: float, weight: float, penalty: str, a: float) -> float:
+    """Return the prox by the published closed form, in 44 digits; by search where there is none."""
+    published = ORACLES[penalty].published
+    if published is None:
+        return float(prox_by_definition(v, step, weight, penalty, a))
     with mpmath.workdps(DIGITS):
-        size, tau_, shape = abs(mpf(v)), mpf(tau), mpf(a)
-        if tau_ <= shape**2 / (2 * (shape + 1)):
-            threshold = tau_ * (shape + 1) / shape
-        else:
-            threshold = mpmath.sqrt(2 * tau_ * (shape + 1)) - shape / 2
-        if size <= threshold:
-            return 0.0
-        phi = mpmath.acos(1 - 27 * tau_ * shape * (shape + 1) / (2 * (shape + size) ** 3))
-        w = 2 * (shape + size) * mpmath.cos(phi / 3) / 3 - 2 * shape / 3 + size / 3
-        return float(mpmath.sign(v) * w)
+        return math.copysign(published(abs(mpf(v)), mpf(step), mpf(weight), mpf(a)), v)
 
 
 def group_index(shape: tuple[int, ...], group_by: str | int | None) -> np.ndarray:
@@ -126,14 +166,10 @@ def prox_as_published(
     group_weight: str | None = None,
 ) -> np.ndarray:
     """Return the last two lines of eq. 22 in float64: threshold, then shrinkage by group."""
-    tau = step * lam * mu
     t = v.astype(np.float64)
-    if penalty == "l1":
-        t = np.sign(t) * np.maximum(np.abs(t) - tau, 0)
-    elif penalty == "tl1":
-        t = np.vectorize(tl1_as_published, otypes=[np.float64])(t, tau, a)
-    elif penalty is not None:
-        raise ValueError(f"no oracle for penalty {penalty!r}")
+    if penalty is not None:
+        formula = np.vectorize(prox_by_formula, otypes=[np.float64])
+        t = formula(t, step, lam * mu, penalty, a)
     if group_by is None:
         return t
     index = group_index(t.shape, group_by)

@@ -1,8 +1,8 @@
-"""The penalties: names, shape parameters, valid ranges and values.
+"""The penalties: names, valid ranges and values; the options of a regularizer, checked.
 
 A regularizer is the sum over a tensor's weights and groups of
 
-    lam * ( mu * sum_i rho_a(w_i)  +  (1 - mu) * sum_g c_g ||w_g||_2 )
+    lam * mu * sum_i rho_a(w_i)  +  lam * (1 - mu) * sum_g c_g ||w_g||_2
 
 rho is a row of `PENALTIES`; the groups are a `views.GroupView`. How a penalty's proximal
 operator is computed is each backend's affair (`backends/`); the truth is `backends/reference.py`.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -22,34 +22,35 @@ from tl1kernels.views import GroupBy, GroupView, check_group_by
 
 @dataclass(frozen=True)
 class Penalty:
-    """One elementwise penalty rho_a.
+    """A row of the registry: the term that lam * mu weighs.
 
     Attributes:
         name: the value of the option `penalty`.
-        title: what people call it.
         source: where it is defined.
-        value: (w, a) -> rho_a(w), elementwise, any shape and float dtype, differentiable.
-        shaped: whether rho depends on `a`; where it does not, `a` is accepted and has no effect.
+        value: (w, weight, a) -> 0-d tensor, the weighted term of a tensor given as
+            (blocks, outer, groups, inner), differentiable. It gets the weight because some
+            penalties (SCAD, MCP) are not a weight times a function of w.
+        shaped: whether it depends on `a`; where it does not, `a` has no effect.
+        check: (a, step) -> what is wrong with this shape at this step size, or None.
     """
 
     name: str
-    title: str
     source: str
-    value: Callable[[Tensor, float], Tensor]
+    value: Callable[[Tensor, float, float], Tensor]
     shaped: bool = False
+    check: Callable[[float, float], str | None] = lambda a, step: None
 
 
-PENALTIES: Mapping[str, Penalty] = {
-    p.name: p
-    for p in (
+PENALTIES: dict[str, Penalty] = {
+    row.name: row
+    for row in (
         Penalty(
             "tl1",
-            "transformed l1",
-            "Zhang & Xin 2017; Ma et al. 2019, eq. 5",
-            value=lambda w, a: (a + 1) * w.abs() / (a + w.abs()),
+            "transformed l1: Zhang & Xin 2017; Ma et al. 2019, eq. 5",
+            lambda w, weight, a: weight * ((a + 1) * w.abs() / (a + w.abs())).sum(),
             shaped=True,
         ),
-        Penalty("l1", "l1", "Tibshirani 1996", value=lambda w, a: w.abs()),
+        Penalty("l1", "Tibshirani 1996", lambda w, weight, a: weight * w.abs().sum()),
     )
 }
 
@@ -63,12 +64,37 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """The regularizers that the paper compares, as options: `param_groups(model, **PRESETS[name])`."""
 
 
+class Options(TypedDict, total=False):
+    """The keyword options of `prox` and its kin, for type checkers."""
+
+    lam: float | Tensor
+    penalty: str | None
+    a: float | Tensor
+    mu: float | Tensor | None
+    group_by: GroupBy
+    group_weight: str | None
+    backend: str | None
+
+
+class Terms(NamedTuple):
+    """A regularizer on one tensor, as a backend sees it: numbers.
+
+    Attributes:
+        elementwise: lam * mu, the weight of the penalty.
+        group: lam * (1 - mu) * c_g, the weight of a group's l2 norm; the same for all groups.
+        a: the penalty's shape.
+    """
+
+    elementwise: float
+    group: float
+    a: float
+
+
 @dataclass(frozen=True)
 class Regularizer:
     """The checked regularization options of one param group.
 
-    Build it with `Regularizer.of`, which raises on anything out of range; a `Regularizer`
-    that exists is valid.
+    Build it with `Regularizer.of`, which raises on anything out of range.
     """
 
     lam: float = 0.0
@@ -86,29 +112,26 @@ class Regularizer:
             TypeError, ValueError: naming the option, its value and what is allowed.
         """
         given = {f.name: options[f.name] for f in fields(cls) if f.name in options}
-        for name in ("lam", "a"):
-            if name in given:
+        for name in ("lam", "a", "mu"):
+            if name in given and not (name == "mu" and given[name] is None):
                 given[name] = number(name, given[name])
         reg = cls(**given)
         if not 0 <= reg.lam < math.inf:
             raise ValueError(f"lam must be finite and >= 0, got {reg.lam}")
-        if reg.penalty is not None and reg.penalty not in PENALTIES:
+        if reg.penalty is not None and reg.penalty not in tuple(PENALTIES):
             names = ", ".join(repr(name) for name in PENALTIES)
             raise ValueError(f"penalty must be None or one of {names}, got {reg.penalty!r}")
         if not 0 < reg.a < math.inf:
             raise ValueError(f"a must be finite and > 0, got {reg.a}")
-        if reg.mu is not None:
-            mu = number("mu", reg.mu)
-            if not 0 <= mu <= 1:
-                raise ValueError(f"mu must be None or in [0, 1], got {mu}")
-            reg = cls(**{**given, "mu": mu})
+        if reg.mu is not None and not 0 <= reg.mu <= 1:
+            raise ValueError(f"mu must be None or in [0, 1], got {reg.mu}")
         check_group_by(reg.group_by)
         if reg.group_weight not in (None, "sqrt"):
             raise ValueError(f"group_weight must be None or 'sqrt', got {reg.group_weight!r}")
         return reg
 
-    def weights(self, view: GroupView) -> tuple[float, float]:
-        """Return what weighs rho_a(w_i) and what weighs ||w_g||_2 on a tensor with this view.
+    def terms(self, view: GroupView) -> Terms:
+        """Return the weights of the two terms on a tensor with this view.
 
         mu=None gives the whole of lam to the one term that is there, and half of it to each
         where both are. A term that is absent (penalty=None, or no groups) weighs nothing.
@@ -123,7 +146,20 @@ class Regularizer:
         group = self.lam * (1 - mu) if view.grouped else 0.0
         if self.group_weight == "sqrt":
             group *= math.sqrt(view.group_size)
-        return elementwise, group
+        return Terms(elementwise, group, self.a)
+
+    def check_step(self, name: str, step: float) -> None:
+        """Raise ValueError, naming the argument, where no prox of this step size exists.
+
+        lam = 0 takes any step, as torch.optim does.
+        """
+        if self.lam == 0:
+            return
+        if not 0 <= step < math.inf:
+            raise ValueError(f"{name} must be finite and >= 0, got {step}")
+        problem = PENALTIES[self.penalty].check(self.a, step) if self.penalty else None
+        if problem:
+            raise ValueError(f"a={self.a} with {name}={step}: {problem}")
 
 
 def number(name: str, value: Any) -> float:

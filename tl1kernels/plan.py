@@ -10,36 +10,30 @@ from torch import Tensor
 from tl1kernels import backends
 from tl1kernels.batch import Batch, Entry, Rule
 
-
-def run(work: Iterable[tuple[Rule, Entry]], backend: str | None = None) -> list[str]:
-    """Group entries by device, dtype, rule and penalty, run each batch, return who ran them.
-
-    Every batch's backend is chosen before the first one runs, so that a refusal changes nothing.
-    """
-    batches = make_batches(work)
-    selected = [backends.select(batch, backend) for batch in batches]
-    with torch.no_grad():
-        for batch, name in zip(batches, selected, strict=True):
-            backends.BACKENDS[name].run(batch)
-    return selected
+Work = Iterable[tuple[Rule, str | None, Entry]]
+"""Update rule, penalty, and the tensor that they are for."""
 
 
-def make_batches(work: Iterable[tuple[Rule, Entry]]) -> list[Batch]:
-    """Gather entries that one call can take, in order of first appearance.
+def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
+    """Gather entries that one call can take, and choose each batch's backend.
 
-    Entries without weights are dropped. Entries with lam = 0 need no penalty and share a batch.
+    Nothing is changed yet: whatever refuses, refuses here.
     """
     batches: dict[tuple[object, ...], Batch] = {}
-    for rule, entry in work:
-        p, reg = entry.param, entry.regularizer
-        if p.numel() == 0 and not entry.state:
-            continue
-        penalty = reg.penalty if reg.lam > 0 else None
+    for rule, penalty, entry in work:
+        p = entry.param
         key = (p.device, p.dtype, rule, penalty)
         if key not in batches:
             batches[key] = Batch(p.device, p.dtype, rule, penalty, [])
         batches[key].entries.append(entry)
-    return list(batches.values())
+    return [(backends.select(batch, backend), batch) for batch in batches.values()]
+
+
+@torch.no_grad()
+def execute(prepared: Iterable[tuple[str, Batch]]) -> None:
+    """Run each batch on its backend, in place."""
+    for name, batch in prepared:
+        backends.BACKENDS[name].run(batch)
 
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -23,7 +23,7 @@ class LayerSparsity:
         name, kind: the module's path and class.
         weights, weights_left: entries of the weight, and those that are not zero.
         flops, flops_left: 2 x multiply-adds of one example; only nonzero weights are left. None
-            without `example_inputs`.
+            where the layer was not seen to run.
         inputs, inputs_removed: units (features, channels) that the layer reads, and those whose
             weights in this layer are all zero.
         neurons, neurons_removed: units that the layer computes, and those removed: all ingoing
@@ -56,7 +56,7 @@ class Sparsity:
 
     @property
     def flops(self) -> int | None:
-        """2 x multiply-adds of one example, dense."""
+        """2 x multiply-adds of one example in the layers that ran, dense; None if none did."""
         return _total(layer.flops for layer in self.layers)
 
     @property
@@ -142,19 +142,23 @@ def sparsity(model: nn.Module, example_inputs: Any = None) -> Sparsity:
 
     Args:
         model: any network; it is run in eval mode and left as it was.
-        example_inputs: a tensor, or a tuple of positional arguments, with the batch dim first.
-            With it FLOPs are counted (a convolution's by its output size), and a neuron whose
-            readers have only zeros for it counts as removed. Two examples or more make a
-            wrong answer, from a neuron silent on all of them, all but impossible.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, with the
+            batch dim first. With it FLOPs are counted (a convolution's by its output size), and
+            a neuron whose readers have only zeros for it counts as removed. Where readers
+            cannot be followed (a part run without grad, an output that is no tensor of floats),
+            ingoing weights alone decide.
 
     Returns:
-        A `Sparsity`. Shared layers are counted once; their FLOPs, per use.
+        A `Sparsity`. A shared layer is counted once, its FLOPs per use. A layer whose weight is
+        used without calling it (attention's output projection) has no FLOPs; totals leave it out.
+
+    Raises:
+        ValueError: a batch of no examples.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS)}
     trace = _Trace(layers.values())
     if example_inputs is not None:
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        trace.run(model, inputs)
+        trace.run(model, example_inputs)
     parameters = list(model.parameters())
     return Sparsity(
         tuple(_layer(name, module, trace) for name, module in layers.items()),
@@ -198,47 +202,71 @@ def _alive(module: nn.Module) -> tuple[Tensor, Tensor]:
 class _Trace:
     """One look at how data flows between the layers of a model.
 
-    Each layer's output is replaced by fresh random values that require grad, so that gradients
-    at them come only from what reads this output directly. Those of random positive multiples
-    of all live inputs and of the model's output are then zero, unit by unit, exactly where
-    nobody reads. Random values of both signs, several times over, pass every activation.
+    Each layer's output is replaced by a leaf of random values, so that gradients at it come only
+    from what reads this output directly: live inputs of other layers, and the model's output.
+    Their random positive multiples have gradient zero, unit by unit, exactly where nobody reads.
+    So that no activation hides a reader, the values lie around the real output on four scales,
+    each with both signs of the same random part.
     """
 
-    ROUNDS = 8
+    ROUNDS = tuple((scale, sign) for scale in (0.01, 1.0, 1e2, 1e4) for sign in (1.0, -1.0))
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self.layers = list(layers)
         self.positions: dict[nn.Module, int] = {}
         self.unread: dict[nn.Module, Tensor] = {}
+        self.blind = False  # something was read where autograd does not look
 
-    def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def run(self, model: nn.Module, inputs: Any) -> None:
         """Fill `positions` (output positions per example) and `unread` (bool by unit)."""
         training = {m: m.training for m in model.modules()}
         model.eval()
         try:
-            with ExitStack() as stack, torch.enable_grad():
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.enable_grad())
                 for layer in self.layers:
-                    handle = layer.register_forward_hook(self._hook)
+                    handle = layer.register_forward_hook(self._hook, with_kwargs=True)
                     stack.callback(handle.remove)
-                for round_ in range(self.ROUNDS):
-                    self._round(model, inputs, torch.Generator().manual_seed(round_))
+                args = inputs if isinstance(inputs, tuple) else (inputs,)
+                kwargs = inputs if isinstance(inputs, dict) else {}
+                args = () if kwargs else tuple(_cloned(x) for x in args)
+                kwargs = {name: _cloned(x) for name, x in kwargs.items()}
+                batch = _batch_size([*args, *kwargs.values()])
+                for scale, sign in self.ROUNDS:
+                    self._round(model, args, kwargs, scale, sign)
         finally:
             for module, mode in training.items():
                 module.training = mode
-        batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
         self.positions = {m: n // batch for m, n in self.positions.items()}
+        if self.blind:
+            self.unread = {}
 
-    def _round(self, model: nn.Module, inputs: tuple[Any, ...], generator: torch.Generator) -> None:
-        self.generator = generator
+    def _round(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        scale: float,
+        sign: float,
+    ) -> None:
+        self.scale, self.sign = scale, sign
+        self.generator = torch.Generator().manual_seed(0)
         self.positions = {}
         self.outputs: list[tuple[nn.Module, Tensor]] = []
-        self.read = torch.zeros(())
-        self._add_read(model(*inputs))
-        leaves = [leaf for _, leaf in self.outputs]
-        if not leaves or not self.read.requires_grad:
+        self.read: list[Tensor] = []
+        self._add_read(model(*args, **kwargs))
+        # A backward pass that recomputes calls the hooks again; what they note then is dropped.
+        outputs, read, positions = self.outputs, self.read, self.positions
+        self.outputs, self.read, self.positions = [], [], {}
+        leaves = [leaf for _, leaf in outputs]
+        if not leaves or not read:
+            self.blind, self.positions = True, positions
             return
-        gradients = torch.autograd.grad(self.read, leaves, allow_unused=True)
-        for (layer, leaf), gradient in zip(self.outputs, gradients, strict=True):
+        total = torch.stack([part.to(read[0]) for part in read]).sum()
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        self.positions = positions
+        for (layer, leaf), gradient in zip(outputs, gradients, strict=True):
             unit_dim = _unit_dim(layer, leaf)
             others = [dim for dim in range(leaf.ndim) if dim != unit_dim]
             silent = torch.ones(leaf.shape[unit_dim], dtype=torch.bool, device=leaf.device)
@@ -247,33 +275,54 @@ class _Trace:
             known = self.unread.get(layer)
             self.unread[layer] = silent if known is None else known & silent
 
-    def _hook(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = args[0]
+    def _hook(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.blind = True
+        x = args[0] if args else kwargs["input"]
         reads, _ = _alive(layer)
         shape = [1] * x.ndim
         shape[_unit_dim(layer, x)] = -1
-        self._add_read(x * reads.view(shape))
+        if x.requires_grad:
+            self._add_read(x * reads.view(shape))
         counted = x if isinstance(layer, _TRANSPOSED) else output
         positions = counted.numel() // counted.shape[_unit_dim(layer, counted)]
         self.positions[layer] = self.positions.get(layer, 0) + positions
-        leaf = self._random(output).requires_grad_()
+        real = output.detach()
+        size = real.float().square().mean().sqrt().clamp(min=1e-3).to(real)
+        noise = self._random(real) * torch.where(self._random(real) < 1, -1, 1)
+        leaf = (real + self.sign * self.scale * size * noise).requires_grad_()
         self.outputs.append((layer, leaf))
-        return leaf
+        return leaf.clone()  # an in-place activation may follow
 
     def _add_read(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            if value.requires_grad:
-                weights = self._random(value).abs()
-                self.read = self.read.to(value.device) + (value * weights).sum()
+        if isinstance(value, Tensor) and value.requires_grad:
+            self.read.append((value * self._random(value)).sum())
         elif isinstance(value, dict):
             self._add_read(list(value.values()))
         elif isinstance(value, (list, tuple)):
             for item in value:
                 self._add_read(item)
+        elif value is not None:
+            self.blind = True  # classes, samples, objects: what they read cannot be followed
 
     def _random(self, like: Tensor) -> Tensor:
-        values = torch.randn(like.shape, generator=self.generator, dtype=torch.float32)
+        """Return random values in [0.5, 1.5]: never near zero."""
+        values = torch.rand(like.shape, generator=self.generator, dtype=torch.float32) + 0.5
         return values.to(like)
+
+
+def _cloned(value: Any) -> Any:
+    """Return tensors as copies that autograd may keep, whatever mode made them."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _batch_size(values: Iterable[Any]) -> int:
+    sizes = [x.shape[0] for x in values if isinstance(x, Tensor) and x.ndim]
+    if 0 in sizes:
+        raise ValueError("example_inputs must hold at least one example, got a batch of 0")
+    return sizes[0] if sizes else 1
 
 
 def _unit_dim(layer: nn.Module, tensor: Tensor) -> int:
@@ -290,8 +339,8 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _total(values: Iterable[int | None]) -> int | None:
-    known = list(values)
-    return None if None in known else sum(v for v in known if v is not None)
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _share(left: int | None, total: int | None) -> str:

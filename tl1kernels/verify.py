@@ -113,47 +113,49 @@ def verify(backend: str = "reference", seed: int | None = None) -> Report:
     return Report(backend, seed, tuple(checks))
 
 
-def thresholded_cases(generator: np.random.Generator, n: int) -> Iterator[tuple[float, ...]]:
+def hard_cases(
+    penalty: str, generator: np.random.Generator, n: int
+) -> Iterator[tuple[float, float, float, float]]:
     """Yield random (v, step, weight, a) over the range of use, most near where v begins to live.
 
-    a from 1e-3 to 1e6, step * weight from 1e-10 to 1; |v| from far below the threshold to far
-    above it. Both threshold formulas are hit.
+    a from 1e-3 to 1e6, step * weight from 1e-10 to 1, |v| from far below the threshold to far
+    above it; not where the problem itself magnifies rounding, next to a double root.
     """
-    from tl1kernels.backends.reference import tl1_threshold
-
-    for _ in range(n):
-        a = 10 ** generator.uniform(-3, 6)
-        step, weight = 10 ** generator.uniform(-5, 0, size=2)
+    oracle = oracles.ORACLES[penalty]
+    while n:
+        step, weight = (float(10 ** generator.uniform(-5, 0)) for _ in range(2))
+        a = random_shape(penalty, step, generator, -3, 6)
         near = 1 + generator.choice([-1, 1]) * 10 ** generator.uniform(-6, 0)
         scale = near if generator.random() < 0.7 else 10 ** generator.uniform(-3, 5)
-        v = generator.choice([-1, 1]) * tl1_threshold(step * weight, a) * scale
-        yield float(v), float(step), float(weight), float(a)
+        v = float(generator.choice([-1, 1]) * oracle.threshold(step * weight, a) * scale)
+        if v and oracle.condition(abs(v), step * weight, a) < 30:
+            n -= 1
+            yield v, step, weight, a
+
+
+def random_shape(
+    penalty: str | None, step: float, generator: np.random.Generator, low: int, high: int
+) -> float:
+    """Return a random shape a in [10^low, 10^high] that the penalty allows at this step size."""
+    while True:
+        a = float(10 ** generator.uniform(low, high))
+        if penalty is None or PENALTIES[penalty].check(a, step) is None:
+            return a
 
 
 def _thresholds(generator: np.random.Generator) -> Iterator[Check]:
-    """Elementwise prox against its definition, in float64 and float32."""
+    """Check single weights against the definition of the prox, in float64 and float32."""
     for name, (dtype, bound) in product(
         PENALTIES, ((torch.float64, 1e-13), (torch.float32, 2.0**-24 * 1.01))
     ):
         errors = []
-        for v, step, weight, a in thresholded_cases(generator, 100):
+        for v, step, weight, a in hard_cases(name, generator, 100):
             x = torch.tensor([v], dtype=dtype)
             got = prox(x, step, lam=weight, penalty=name, a=a, mu=1.0).item()
             want = oracles.prox_by_definition(x.item(), step, weight, name, a)
-            if name == "tl1" and tl1_condition(np.array(x.item()), step * weight, a) > 30:
-                continue
             errors.append(abs(float(got - want)) / abs(x.item()))
         what = f"prox {name}, {_name(dtype)}"
         yield _check(what, "the definition, by search", errors, bound, "of |v|")
-
-
-def tl1_condition(v: np.ndarray, tau: float, a: float) -> np.ndarray:
-    """Return by how much the TL1 prox magnifies rounding at v, about: a lot at its double root.
-
-    For q > 1 there is no root, the result is 0, and nothing is magnified.
-    """
-    q = 6.75 * tau * a * (a + 1) / (a + np.abs(v)) ** 3
-    return np.where(q > 1, 1.0, 1 / np.sqrt(np.maximum(1 - q, 1e-30)))
 
 
 def _groups(generator: np.random.Generator) -> Iterator[Check]:
@@ -165,7 +167,7 @@ def _groups(generator: np.random.Generator) -> Iterator[Check]:
             v = generator.normal(size=shape)
             options: dict[str, Any] = {
                 "lam": 10 ** generator.uniform(-1, 0.5),
-                "a": 10 ** generator.uniform(-1, 1),
+                "a": random_shape(penalty, 0.3, generator, -1, 1),
                 "mu": generator.uniform(),
                 "penalty": penalty,
                 "group_by": group_by,
@@ -201,7 +203,7 @@ def _steps(generator: np.random.Generator) -> Iterator[Check]:
                 gradient = [torch.from_numpy(generator.normal(size=shape)).to(dtype)]
                 regularizer: dict[str, Any] = {
                     "lam": 10 ** generator.uniform(-1, 1),
-                    "a": 10 ** generator.uniform(-1, 1),
+                    "a": random_shape(penalty, 0.1, generator, -1, 1),
                     "mu": generator.uniform(),
                     "penalty": penalty,
                     "group_by": group_by,
@@ -211,9 +213,10 @@ def _steps(generator: np.random.Generator) -> Iterator[Check]:
                 v = _train(torchs, start.double(), wide, {**options, "lr": 0.1})
                 want = oracles.prox_as_published(v.numpy(), 0.1, **regularizer)
                 errors = _ulps(got, want, v.numpy())
-                if penalty == "tl1" and dtype == torch.float64:
+                if penalty is not None and dtype == torch.float64:
+                    condition = np.vectorize(oracles.ORACLES[penalty].condition)
                     tau = 0.1 * regularizer["lam"] * regularizer["mu"]
-                    errors = errors / tl1_condition(v.numpy(), tau, regularizer["a"])
+                    errors = errors / condition(np.abs(v.numpy()), tau, regularizer["a"])
                 every.append(errors)
             # Half an ulp is the one rounding; float64 has no wider format to round from.
             bound = 32.0 if dtype == torch.float64 else 0.501

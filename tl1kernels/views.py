@@ -34,7 +34,7 @@ class GroupView:
     The element at [b, o, g, i] of the view belongs to group (b, g): a group is spread over
     `outer` runs of `inner` neighbours in memory. Rows have outer = 1, columns inner = 1;
     blocks > 1 only where groups are split by two dims that are apart in memory, such as the
-    (out, in) slices of a channels_last filter. Without groups every element stands alone.
+    (out, in) slices of a channels_last filter. Without groups each element is one by itself.
     """
 
     order: tuple[int, ...]  # the tensor's dims from the slowest to the fastest in memory
@@ -100,7 +100,7 @@ def _view(shape: tuple[int, ...], stride: tuple[int, ...], group_by: GroupBy) ->
     dims = _group_dims(shape, group_by)
     order = _memory_order(shape, stride)
     if dims is None:
-        return GroupView(order, 1, 1, 1, prod(shape), grouped=False)
+        return GroupView(order, 1, 1, prod(shape), 1, grouped=False)
 
     # Neighbouring dims of one kind merge into runs: [(is_group_dim, size), ...], slowest first.
     long_dims = [dim for dim in order if shape[dim] != 1]
@@ -142,8 +142,8 @@ def _group_dims(shape: tuple[int, ...], group_by: GroupBy) -> tuple[int, ...] | 
 
 def _memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     """Return the dims from slowest to fastest; ValueError unless the memory is dense."""
-    # Dims of size 1 may carry any stride; they go first, where they change nothing.
-    order = sorted(range(len(shape)), key=lambda dim: (shape[dim] != 1, -stride[dim], dim))
+    # Dims of size 1 may carry any stride: wherever they stand, they change nothing.
+    order = sorted(range(len(shape)), key=lambda dim: -stride[dim])
     expected = 1
     for dim in reversed(order):
         if shape[dim] != 1 and stride[dim] != expected and 0 not in shape:

@@ -22,11 +22,12 @@ from tl1kernels.batch import Batch
 BACKENDS: Mapping[str, ModuleType] = {"reference": reference}
 
 PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
-"""Backends by device type, the preferred one first; the reference serves every device."""
+"""Backends by device type, the preferred one first; other devices get the reference."""
 
 ENVIRONMENT = "TL1KERNELS_BACKEND"
 
-_chosen: ContextVar[str | None] = ContextVar("tl1kernels_backend", default=None)
+_UNSET = "unset"
+_chosen: ContextVar[str | None] = ContextVar("tl1kernels_backend", default=_UNSET)
 _warned: set[str] = set()
 
 
@@ -60,33 +61,35 @@ def require(name: str | None) -> None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
 
 
+def asked_for() -> str | None:
+    """Return the backend that `use_backend` or else the environment names; None for neither."""
+    chosen = _chosen.get()
+    return (os.environ.get(ENVIRONMENT) or None) if chosen == _UNSET else chosen
+
+
 def select(batch: Batch, name: str | None = None) -> str:
     """Return the name of the backend that runs `batch`.
 
     A backend asked for by name (argument, `use_backend`, environment) that cannot take the
     batch is an error. By preference, the first that can; passing one over is warned of once.
     """
-    asked = name or _chosen.get() or os.environ.get(ENVIRONMENT) or None
-    if asked:
+    asked = name if name is not None else asked_for()
+    if asked is not None:
         require(asked)
         reason = BACKENDS[asked].rejects(batch)
         if reason:
             raise RuntimeError(f"backend {asked!r} cannot run this step: {reason}")
         return asked
-    for candidate in PREFERENCE.get(batch.device.type, ()):
+    reasons: list[str] = []
+    for candidate in PREFERENCE.get(batch.device.type, ("reference",)):
         backend = BACKENDS[candidate]
         reason = backend.unavailable() or backend.rejects(batch)
         if reason is None:
+            for passed_over in reasons:
+                _warn_once(f"tl1kernels: {passed_over}; {candidate!r} runs instead")
             return candidate
-        _warn_once(f"tl1kernels: backend {candidate!r} passed over: {reason}")
-    return "reference"
-
-
-def run(batch: Batch, name: str | None = None) -> str:
-    """Run `batch` on the backend that `select` names, and return that name."""
-    selected = select(batch, name)
-    BACKENDS[selected].run(batch)
-    return selected
+        reasons.append(f"backend {candidate!r} passed over: {reason}")
+    raise RuntimeError(f"no backend for {batch.device}: {'; '.join(reasons)}")
 
 
 def _warn_once(message: str) -> None:

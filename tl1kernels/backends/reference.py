@@ -1,7 +1,7 @@
 """The truth: one step in plain torch, float64 inside, one rounding at the end.
 
-Read it from the top: update rules, elementwise proximal operators, group shrinkage, and `run`,
-which puts them together. It is written for the reader and the test, not for speed.
+Read it from the top: update rules, thresholds, proximal operators, and `run`, which puts them
+together. It is written for the reader and the test, not for speed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tl1kernels.batch import SGD, Adam, Assign, Batch, Entry, Rule
-from tl1kernels.penalties import Regularizer
-from tl1kernels.views import GroupView
+from tl1kernels.penalties import Terms
 
 Scalars = Mapping[str, float]
 State = dict[str, Tensor]
@@ -26,8 +25,8 @@ def unavailable() -> str | None:
 
 
 def rejects(batch: Batch) -> str | None:
-    """Return None: the reference takes every batch."""
-    return None
+    """Return why not: only devices without float64 are refused."""
+    return f"{batch.device} has no float64" if batch.device.type == "mps" else None
 
 
 # --- Update rules: (p, g, state, scalars) -> v. float64 tensors; `state` is updated in place.
@@ -75,13 +74,13 @@ def _updated(rule: Rule, p: Tensor, g: Tensor, state: State, s: Scalars) -> Tens
     return sgd(rule, p, g, state, s) if isinstance(rule, SGD) else adam(rule, p, g, state, s)
 
 
-# --- Elementwise proximal operators: argmin over w of (w - v)^2 / 2 + step * weight * rho_a(w).
+# --- Thresholds: argmin over w of (w - v)^2 / 2 + step * weight * rho_a(w), elementwise.
 # (|v|, step, weight, a) -> |w|, float64, any shape; step = eta, weight = lam * mu. A penalty
 # whose prox depends on more than the product gets both. NaN in, NaN out.
 
 
-def prox_l1(v: Tensor, step: float, weight: float, a: float) -> Tensor:
-    """Return the soft threshold, max(0, |v| - step * weight)."""
+def soft_threshold(v: Tensor, step: float, weight: float, a: float) -> Tensor:
+    """Return l1's prox: max(0, |v| - step * weight)."""
     return (v - step * weight).clamp(min=0)
 
 
@@ -90,12 +89,12 @@ def tl1_threshold(tau: float, a: float) -> float:
 
     Below tau = a^2 / (2 (a + 1)) the prox is continuous there, above it jumps.
     """
-    if tau * 2 * (a + 1) <= a * a:
-        return tau * (a + 1) / a
-    return math.sqrt(2 * tau * (a + 1)) - a / 2
+    if 2 * tau * (1 + 1 / a) <= a:
+        return tau * (1 + 1 / a)
+    return math.sqrt(2 * tau) * math.sqrt(a + 1) - a / 2
 
 
-def prox_tl1(v: Tensor, step: float, weight: float, a: float) -> Tensor:
+def tl1(v: Tensor, step: float, weight: float, a: float) -> Tensor:
     """Return TL1's prox: the largest root of (w - |v|) (a + w)^2 + tau a (a + 1) = 0, or 0.
 
     The published closed form subtracts terms of the order of a. With a + w = (a + |v|) r and
@@ -111,53 +110,70 @@ def prox_tl1(v: Tensor, step: float, weight: float, a: float) -> Tensor:
     return torch.where(v <= tl1_threshold(tau, a), 0.0, w)
 
 
-PROX: Mapping[str, Callable[[Tensor, float, float, float], Tensor]] = {
-    "l1": prox_l1,
-    "tl1": prox_tl1,
-}
+# --- Proximal operators: (v, step, terms) -> w on (blocks, outer, groups, inner) tensors, where
+# v[b, :, g, :] is a group. A penalty that is elementwise is a threshold, then group shrinkage;
+# one that couples a group's weights is its own function of the same signature.
+
+Prox = Callable[[Tensor, float, Terms], Tensor]
 
 
-# --- Groups.
-
-
-def group_norms(t: Tensor, view: GroupView) -> Tensor:
-    """Return the groups' l2 norms, shape (blocks, 1, groups, 1), for `t` of any shape."""
-    return view.split(t).square().sum(dim=(1, 3), keepdim=True).sqrt()
-
-
-def shrink_groups(t: Tensor, view: GroupView, tau: float) -> Tensor:
+def shrink_groups(t: Tensor, tau: float) -> Tensor:
     """Return t_g * max(0, 1 - tau / ||t_g||_2) for every group g, 0 where the norm is 0."""
-    norms = group_norms(t, view)
-    # `<=` first, so that a norm of 0 with tau = 0 is not 0/0 and a NaN stays NaN.
-    factors = torch.where(norms <= tau, 0.0, 1 - tau / norms)
-    return view.join(view.split(t) * factors, t.shape)
+    largest = t.abs().amax(dim=(1, 3), keepdim=True) if t.numel() else t.sum((1, 3), keepdim=True)
+    unit = torch.where(
+        (largest == 0) | largest.isinf(), 1.0, largest
+    )  # no square over- or underflows
+    norms = unit * (t / unit).square().sum(dim=(1, 3), keepdim=True).sqrt()
+    # `<=` first, so that a norm of 0 is never divided by, and a NaN stays NaN.
+    return t * torch.where(norms <= tau, 0.0, 1 - tau / norms)
 
 
-def prox(v: Tensor, view: GroupView, step: float, reg: Regularizer) -> Tensor:
-    """Return the threshold, then the group shrinkage, of a float64 tensor: eq. 22's last lines."""
-    elementwise, group = reg.weights(view)
-    t = v
-    if reg.penalty is not None:
-        t = PROX[reg.penalty](v.abs(), step, elementwise, reg.a).copysign(v)
-    if view.grouped:
-        t = shrink_groups(t, view, step * group)
-    return t
+def thresholded(threshold: Callable[[Tensor, float, float, float], Tensor] | None) -> Prox:
+    """Return the last two lines of eq. 22: a threshold (None for none), then group shrinkage."""
+
+    def prox(v: Tensor, step: float, terms: Terms) -> Tensor:
+        t = v
+        if threshold is not None:
+            t = threshold(v.abs(), step, terms.elementwise, terms.a).copysign(v)
+        return shrink_groups(t, step * terms.group) if terms.group > 0 else t
+
+    return prox
+
+
+PROX: dict[str | None, Prox] = {
+    None: thresholded(None),
+    "l1": thresholded(soft_threshold),
+    "tl1": thresholded(tl1),
+}
 
 
 def run(batch: Batch) -> None:
     """Take one step on every entry, in place."""
     for entry in batch.entries:
-        _run_entry(batch.rule, entry)
+        _run_entry(batch.rule, batch.penalty, entry)
 
 
-def _run_entry(rule: Rule, entry: Entry) -> None:
-    p, g, reg = entry.param, entry.grad, entry.regularizer
+def _run_entry(rule: Rule, penalty: str | None, entry: Entry) -> None:
+    p, view, terms = entry.param, entry.view, entry.terms
     state = {name: entry.state[name].to(torch.float64, copy=True) for name in entry.state}
-    w = _updated(rule, p.to(torch.float64), g.to(torch.float64), state, entry.scalars)
-    if reg.lam > 0:
-        w = prox(w, entry.view, entry.scalars["lr"], reg)
+    w = _updated(rule, p.to(torch.float64), entry.grad.to(torch.float64), state, entry.scalars)
+    regularized = terms.elementwise > 0 or terms.group > 0
+    if regularized:
+        w = view.join(PROX[penalty](view.split(w), entry.scalars["lr"], terms), p.shape)
     for name, stored in entry.state.items():
         stored.copy_(state[name])
-    p.copy_(w)
-    if reg.lam > 0:
+    p.copy_(_to_odd(w) if p.element_size() == 2 else w)
+    if regularized:
         p.add_(0.0)  # -0.0 + 0.0 = +0.0: a dead weight has one bit pattern
+
+
+def _to_odd(w: Tensor) -> Tensor:
+    """Return float64 `w` as float32, inexact values to the neighbour with an odd last bit.
+
+    torch converts float64 to a 16-bit dtype by way of float32. Rounding twice to nearest can
+    miss the nearest; rounding to odd first cannot (Boldo & Melquiond 2008).
+    """
+    nearest = w.to(torch.float32)
+    bits = nearest.view(torch.int32)
+    bits = torch.where(nearest.to(torch.float64).abs() > w.abs(), bits - 1, bits)  # towards zero
+    return torch.where(nearest.to(torch.float64) != w, bits | 1, bits).view(torch.float32)

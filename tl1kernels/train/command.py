@@ -19,7 +19,7 @@ from tl1kernels.train.run import METHODS
 def run(args: argparse.Namespace) -> int:
     """Search or train, print and write the results; return the exit status."""
     console = Console()
-    methods = tuple(args.methods or METHODS)
+    methods = tuple(dict.fromkeys(args.methods or METHODS))
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         console.print(f"--methods must be among {', '.join(METHODS)}, got {unknown[0]!r}")

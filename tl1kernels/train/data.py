@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 SPLIT_SEED = 0
@@ -28,9 +30,6 @@ def digits(evaluate_on: str) -> Data:
     (`evaluate_on="validation"`) a run fits 1,077 images and never sees the test split; the final
     runs (`"test"`) fit those and the validation images, 1,437 in all.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
     labels = torch.from_numpy(bunch.target)

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import tl1kernels as tk
 from tl1kernels.train.run import METHODS, Setting, run_to_file
 
 Result = dict[str, Any]
@@ -35,7 +36,11 @@ SEARCH_LAM = {
     "integrated_tl1": (0.15, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6),
 }
 SEARCH_A = (0.01, 0.1, 1.0)
-SHAPED = ("tl1", "integrated_tl1")
+SHAPED = [
+    method
+    for method, options in tk.PRESETS.items()
+    if options["penalty"] is not None and tk.PENALTIES[options["penalty"]].shaped
+]
 """The methods whose penalty has a shape parameter a to search for."""
 
 BUDGET = 0.10
@@ -46,7 +51,7 @@ class InterruptedRunsError(Exception):
     """Ctrl-C: some runs are on disk, the rest is not."""
 
 
-def run_all(settings: Iterable[Setting], folder: Path, jobs: int, console: Console) -> list[Result]:
+def run_all(settings: Sequence[Setting], folder: Path, jobs: int, console: Console) -> list[Result]:
     """Run every setting that has no result in `folder` yet; return all results, in order.
 
     Args:
@@ -89,7 +94,7 @@ def run_all(settings: Iterable[Setting], folder: Path, jobs: int, console: Conso
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    return [results[setting] for setting in wanted]
+    return [results[setting] for setting in settings]
 
 
 def _start_worker() -> None:

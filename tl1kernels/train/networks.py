@@ -11,8 +11,9 @@ def digits_network() -> nn.Sequential:
     """Return one convolution and two fully connected layers for 8 x 8 images in ten classes.
 
     34,346 parameters. Weights by Xavier initialisation (Glorot & Bengio 2010), biases zero but
-    for the hidden neurons', which start at 0.3: from zero a quarter of them falls silent on every
-    image within a few epochs, and what any penalty then removes says nothing about the penalty.
+    for the hidden neurons', which start at 0.3. From zero some of them are silent on every image
+    from the start, more fall silent soon, and any penalty removes those alike: the comparison
+    would show the initialisation.
     """
     conv, fc1, fc2 = nn.Conv2d(1, 16, 3, padding=1), nn.Linear(16 * 4 * 4, 128), nn.Linear(128, 10)
     for layer, bias in ((conv, 0.0), (fc1, 0.3), (fc2, 0.0)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -42,8 +43,8 @@ class Setting:
     def file_name(self) -> str:
         """Name of this run's files, without suffix; one for each distinct setting."""
         return (
-            f"{self.dataset}-{self.method}-lam{self.lam:g}-a{self.a:g}-seed{self.seed}"
-            f"-{self.evaluate_on}-e{self.epochs}-lr{self.lr:g}-b{self.batch_size}-m{self.mu_min:g}"
+            f"{self.dataset}-{self.method}-lam{self.lam}-a{self.a}-seed{self.seed}"
+            f"-{self.evaluate_on}-e{self.epochs}-lr{self.lr}-b{self.batch_size}-m{self.mu_min}"
         )
 
 
@@ -100,12 +101,14 @@ def accuracy(network: torch.nn.Module, data: Data) -> float:
 def run_to_file(setting: Setting, folder: Path) -> dict[str, Any]:
     """Train, write `<file_name>.json` and `.pt` (a state_dict) to `folder`, return the result.
 
-    A run that is there already is read instead. The JSON file appears last and whole, so that
-    an interrupted run leaves nothing that looks finished.
+    A run that is there already is read instead, if this code made it on this machine. The JSON
+    file appears last and whole, so that an interrupted run leaves nothing that looks finished.
     """
     target = folder / f"{setting.file_name}.json"
-    if target.exists():
-        return json.loads(target.read_text())
+    if target.exists() and target.with_suffix(".pt").exists():
+        known = json.loads(target.read_text())
+        if known["environment"] == environment():
+            return known
     network, result = train(setting)
     torch.save(network.state_dict(), target.with_suffix(".pt"))
     draft = target.with_suffix(f".{os.getpid()}.draft")
@@ -119,9 +122,15 @@ def _data(dataset: str, evaluate_on: str) -> Data:
     return DATA[dataset](evaluate_on)
 
 
+@lru_cache(maxsize=1)
 def environment() -> dict[str, str]:
     """Return what, besides the setting, a result may depend on."""
+    package = Path(tk.__file__).parent
+    sources = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        sources.update(file.read_bytes())
     return {
+        "sources": sources.hexdigest()[:16],
         "tl1kernels": tk.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
