@@ -19,7 +19,10 @@ from tl1kernels.views import GroupView
 
 @dataclass(frozen=True)
 class Assign:
-    """v = source: no update rule, only the prox of another tensor (or of the same one)."""
+    """v = source: no update rule, only the prox of another tensor (or of the same one).
+
+    Scalars: lr, the step size of the prox.
+    """
 
     state = ()
     counters = ()
@@ -61,6 +64,8 @@ class Adam:
 
 
 Rule = Assign | SGD | Adam
+"""An update rule's variant: what selects code. `state` names its tensors shaped like the
+parameter, `counters` its 0-d ones."""
 
 
 @dataclass

@@ -120,5 +120,7 @@ def penalty_value(
     total = w.new_zeros(())
     if reg.penalty is not None:
         total = total + PENALTIES[reg.penalty].value(split, terms.elementwise, terms.a)
-    # vector_norm has a subgradient at a group of zeros; sqrt(sum of squares) has NaN there.
-    return total + terms.group * torch.linalg.vector_norm(split, dim=(1, 3)).sum()
+    if view.grouped:
+        # vector_norm has a subgradient at a group of zeros; sqrt(sum of squares) has NaN there.
+        total = total + terms.group * torch.linalg.vector_norm(split, dim=(1, 3)).sum()
+    return total

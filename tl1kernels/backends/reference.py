@@ -119,10 +119,11 @@ Prox = Callable[[Tensor, float, Terms], Tensor]
 
 def shrink_groups(t: Tensor, tau: float) -> Tensor:
     """Return t_g * max(0, 1 - tau / ||t_g||_2) for every group g, 0 where the norm is 0."""
-    largest = t.abs().amax(dim=(1, 3), keepdim=True) if t.numel() else t.sum((1, 3), keepdim=True)
-    unit = torch.where(
-        (largest == 0) | largest.isinf(), 1.0, largest
-    )  # no square over- or underflows
+    if t.numel() == 0:
+        return t
+    # In units of the largest magnitude no square over- or underflows.
+    largest = t.abs().amax(dim=(1, 3), keepdim=True)
+    unit = torch.where((largest == 0) | largest.isinf(), 1.0, largest)
     norms = unit * (t / unit).square().sum(dim=(1, 3), keepdim=True).sqrt()
     # `<=` first, so that a norm of 0 is never divided by, and a NaN stays NaN.
     return t * torch.where(norms <= tau, 0.0, 1 - tau / norms)
