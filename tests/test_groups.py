@@ -15,6 +15,7 @@ class Everything(nn.Module):
         self.up = nn.ConvTranspose2d(4, 2, 3)
         self.bag = nn.EmbeddingBag(10, 8)
         self.norm = nn.LayerNorm((2, 6, 6))
+        self.rms = nn.RMSNorm((2, 6, 6))
         self.attention = nn.MultiheadAttention(8, 2)
         self.hidden = nn.Linear(8, 8)
         self.tied = nn.Linear(8, 10, bias=False)
@@ -50,6 +51,7 @@ def test_weights_are_regularized_and_nothing_else_is():
         model.embedding.weight,
         model.bag.weight,
         model.norm.weight,
+        model.rms.weight,
         model.position,
         model.hidden.bias,
     ):

@@ -88,6 +88,19 @@ def test_the_threshold_itself_goes_to_zero_and_the_next_float_need_not(tau, a):
     assert (above > 1e-3 * t) == jumps
 
 
+def test_just_above_the_threshold_rounding_makes_no_nan():
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        a = 10 ** generator.uniform(-3, 6)
+        critical = a * a / (2 * (a + 1))
+        tau = critical * generator.choice([1e-6, 1e-2, 0.5, 1.0, 1.0 + 1e-15, 2.0])
+        v = [tl1_threshold(tau, a)]
+        for _ in range(20):
+            v.append(math.nextafter(v[-1], math.inf))
+        w = tk.prox(torch.tensor(v, dtype=torch.float64), tau, a=a)
+        assert w.isfinite().all()
+
+
 def test_tl1_tends_to_soft_and_to_hard_thresholding():
     v = torch.linspace(-3, 3, 1001, dtype=torch.float64)
     soft = tk.prox(v, 0.3, penalty="l1")

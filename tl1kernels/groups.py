@@ -10,13 +10,8 @@ from torch import Tensor, nn
 from tl1kernels.penalties import Regularizer, number
 from tl1kernels.views import GroupBy, view_of
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
+# Modules whose weight may be a matrix and is not a layer's: scales by position, rows by token.
+_EXEMPT = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -100,7 +95,7 @@ def _weights(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Tensor]], lis
     weights, rest = [], []
     seen: set[torch.nn.Parameter] = set()
     for path, module in model.named_modules():
-        exempt = isinstance(module, (*_NORMS, nn.Embedding, nn.EmbeddingBag))
+        exempt = isinstance(module, _EXEMPT)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in seen:
                 continue

@@ -104,10 +104,9 @@ def tl1(v: Tensor, step: float, weight: float, a: float) -> Tensor:
     """
     tau = step * weight
     d = tau * ((a + 1) / (a + v)) * (a / (a + v))
-    q = (6.75 * d / (a + v)).clamp(max=1)
+    q = (6.75 * d / (a + v)).clamp(max=1)  # rounding must not push a double root over the edge
     r = (1 + 2 * torch.cos(torch.asin(q.sqrt()) * (2 / 3))) / 3
-    w = (v - d / r.square()).clamp(min=0)  # rounding must not push it below a threshold of 0
-    return torch.where(v <= tl1_threshold(tau, a), 0.0, w)
+    return torch.where(v <= tl1_threshold(tau, a), 0.0, v - d / r.square())
 
 
 # --- Proximal operators: (v, step, terms) -> w on (blocks, outer, groups, inner) tensors, where
