@@ -113,7 +113,7 @@ def test_info_says_what_runs_and_why_not():
     assert report.versions["torch"] == torch.__version__
     assert json.loads(json.dumps(report.as_dict()))
     assert "reference" in str(report)
-    assert report.library.startswith("loads" if native.unavailable() is None else "not built")
+    assert report.native.startswith("loads" if native.unavailable() is None else "not built")
 
 
 def test_info_tells_what_is_wrong_with_the_environment(monkeypatch):
@@ -139,8 +139,8 @@ def test_a_missing_library_says_why_on_use_and_not_on_import(monkeypatch, tmp_pa
     (tmp_path / native.REPORT).write_text("no compiler\n")
     with pytest.raises(FileNotFoundError, match="not built: no compiler"):
         native.build_info()
-    (tmp_path / native.LIBRARY).write_text("not a library")
-    assert str(tmp_path / native.LIBRARY) in native.unavailable()
+    (tmp_path / native.BINARY).write_text("not a library")
+    assert str(tmp_path / native.BINARY) in native.unavailable()
     native.load.cache_clear()
 
 

@@ -55,7 +55,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(source
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 def test_with_a_compiler_the_library_is_built_and_its_errors_are_errors(sources):
     files = build(sources)
-    assert f"tl1kernels/{native.LIBRARY}" in files
+    assert f"tl1kernels/{native.BINARY}" in files
     assert files[f"tl1kernels/{native.REPORT}"].startswith(b"built by")
     with (sources / "csrc" / "library.cpp").open("a") as file:
         file.write("this is not C++\n")

@@ -20,7 +20,7 @@ class Info:
         devices: device types that torch can use here.
         backends: name -> "available", or why not.
         runs_on: device type -> backend of a step, or what is wrong with the one asked for.
-        library: the native library: how it was built, or why it was not.
+        native: the library of csrc: how it was built, or why it was not.
         asked_for: the backend that `use_backend` or the environment names, if one does.
     """
 
@@ -28,7 +28,7 @@ class Info:
     devices: dict[str, str]
     backends: dict[str, str]
     runs_on: dict[str, str]
-    library: str
+    native: str
     asked_for: str | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Info:
             "devices": self.devices,
             "backends": self.backends,
             "a step runs on": self.runs_on,
-            "native library": {"csrc": self.library},
+            "native library": {"csrc": self.native},
         }
         if self.asked_for:
             sections["asked for"] = {"backend": self.asked_for}
@@ -75,7 +75,7 @@ def info() -> Info:
         devices=devices,
         backends=backends,
         runs_on=runs_on,
-        library=problem or f"loads; {native.build_info()}; no kernels yet",
+        native=problem or f"loads; {native.build_info()}; no kernels yet",
         asked_for=asked,
     )
 

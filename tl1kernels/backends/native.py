@@ -12,7 +12,7 @@ import torch
 
 import tl1kernels
 
-LIBRARY = "libtl1kernels_cpu.so"
+BINARY = "libtl1kernels_cpu.so"
 REPORT = "native_build.txt"
 
 
@@ -33,7 +33,7 @@ def load() -> Path:
         FileNotFoundError: it was not built; the message says why.
         OSError: it was built but does not load beside this torch.
     """
-    library = _installed(LIBRARY)
+    library = _installed(BINARY)
     if library is None:
         report = _installed(REPORT)
         why = report.read_text().strip() if report else "the package was not installed by pip"

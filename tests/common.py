@@ -1,0 +1,53 @@
+"""What the tests of the optimizers share: variants, a small network, a step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tl1kernels as tk
+from tl1kernels.verify import RULES
+
+PAIRS = [
+    (tk.ProxSGD, torch.optim.SGD),
+    (tk.ProxAdam, torch.optim.Adam),
+    (tk.ProxAdamW, torch.optim.AdamW),
+]
+VARIANTS = [
+    *RULES.values(),
+    (tk.ProxSGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}),
+    (tk.ProxAdamW, torch.optim.AdamW, {"amsgrad": True, "maximize": True}),
+    (tk.ProxAdam, torch.optim.Adam, {"decoupled_weight_decay": True, "weight_decay": 0.1}),
+    (tk.ProxAdam, torch.optim.Adam, {"betas": (0.5, 0.7), "eps": 1e-3}),
+]
+variants = pytest.mark.parametrize(("ours", "torchs", "options"), VARIANTS)
+
+
+def network(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def step(model, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = next(model.parameters())
+    x = torch.randn(5, 6, generator=generator).to(weight.dtype)
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
+def state_of(optimizer):
+    """Every tensor and option of an optimizer, comparable."""
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

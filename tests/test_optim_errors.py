@@ -1,0 +1,133 @@
+"""Bad input to the optimizers: the message, and nothing changed."""
+
+import pytest
+import torch
+
+import tl1kernels as tk
+from tl1kernels.backends import reference
+
+BAD = [
+    ({"lam": -0.5}, ValueError, "lam must be finite and >= 0, got -0.5"),
+    ({"mu": 2.0}, ValueError, r"mu must be None or in \[0, 1\], got 2.0"),
+    ({"a": -1.0}, ValueError, "a must be finite and > 0, got -1.0"),
+    ({"penalty": "ridge"}, ValueError, "penalty must be None or one of .*'ridge'"),
+    ({"group_by": "everything"}, ValueError, "group_by must be .*'everything'"),
+    ({"group_by": 7}, ValueError, r"group_by=7 must be a dim in \[-2, 1\]"),
+    ({"group_weight": 2}, ValueError, "group_weight must be None or 'sqrt', got 2"),
+    ({"min_ndim": -1}, ValueError, "min_ndim must be an int >= 0, got -1"),
+    ({"differentiable": True}, ValueError, "differentiable must be False"),
+    ({"lr": -1.0}, ValueError, "learning rate: -1.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD)
+def test_bad_options_at_construction_in_a_group_and_between_steps(options, error, message):
+    p = torch.ones(3, 2, requires_grad=True)
+    with pytest.raises(error, match=message):
+        tk.ProxSGD([p], **{"lam": 0.1, **options})
+    if "lr" in options:
+        return
+    optimizer = tk.ProxSGD([p], lr=0.1, momentum=0.9, lam=0.1)
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [torch.ones(2, 2, requires_grad=True)], **options})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0].update(options)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(3, 2))
+    assert not optimizer.state
+
+
+def test_capturable_is_refused_until_a_backend_can():
+    with pytest.raises(ValueError, match="capturable must be False, got True"):
+        tk.ProxAdam([torch.ones(2, 2, requires_grad=True)], capturable=True)
+
+
+def dampened():
+    """Return an optimizer whose first step tells whether state was there before it."""
+    p, q = (torch.ones(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = tk.ProxSGD([{"params": [p]}, {"params": [q]}], lr=1.0, momentum=0.9, dampening=0.5)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    return optimizer, p, q
+
+
+def test_a_step_that_a_backend_refuses_leaves_no_trace(monkeypatch):
+    optimizer, p, q = dampened()
+    monkeypatch.setattr(reference, "rejects", lambda batch: "not today")
+    with pytest.raises(RuntimeError, match="not today"):
+        optimizer.step()
+    assert not optimizer.state
+    monkeypatch.undo()
+    optimizer.step()
+    assert p.eq(0).all()
+    assert q.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("lr", "fast", TypeError, "lr must be a number or a 0-d tensor, got 'fast'"),
+        ("momentum", "some", TypeError, "momentum must be a number"),
+        ("group_by", 9, ValueError, "group_by=9"),
+        ("min_ndim", True, ValueError, "min_ndim must be an int >= 0, got True"),
+    ],
+)
+def test_a_bad_option_of_the_last_group_leaves_no_trace_in_the_first(name, value, error, message):
+    optimizer, p, _ = dampened()
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert not optimizer.state
+    assert p.eq(1).all()
+
+
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
+def test_a_step_size_without_a_prox_is_refused_between_steps(lr):
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="lr must be finite and >= 0"):
+        optimizer.step()
+    assert p.eq(1).all()
+
+
+def test_a_group_that_is_refused_for_any_reason_is_not_kept():
+    optimizer = tk.ProxSGD([torch.ones(2, 2, requires_grad=True)], lam=0.1)
+    more = torch.ones(2, 2, requires_grad=True)
+    for bad in (10**400, torch.ones((), device="meta"), ["tl1"]):
+        with pytest.raises((TypeError, ValueError, OverflowError, RuntimeError)):
+            optimizer.add_param_group({"params": [more], "lam": bad})
+        assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match=r"penalty must be None or one of .*\['tl1'\]"):
+        optimizer.add_param_group({"params": [more], "penalty": ["tl1"]})
+
+
+def test_bad_gradients_change_nothing_not_even_the_good_tensors():
+    good, bad = (torch.ones(3, 2, requires_grad=True) for _ in range(2))
+    optimizer = tk.ProxSGD([good, bad], lr=0.1, momentum=0.9)
+    good.grad = torch.ones_like(good)
+    bad.grad = torch.ones(3, 2).to_sparse()
+    with pytest.raises(TypeError, match=r"grad must be a strided tensor, got layout .*sparse"):
+        optimizer.step()
+    assert torch.equal(good.detach(), torch.ones(3, 2))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("p", "error", "message"),
+    [
+        (torch.ones(2, 2, dtype=torch.complex64), TypeError, "params must have .*complex64"),
+        (torch.ones(2, 4)[:, :2], ValueError, r"dense.*strides \(4, 1\)"),
+        (torch.ones(2).expand(3, 2), ValueError, r"dense.*strides \(0, 1\)"),
+    ],
+)
+def test_bad_parameters_are_refused_at_construction(p, error, message):
+    with pytest.raises(error, match=message):
+        tk.ProxSGD([p.requires_grad_()], lam=0.1)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError, match="lambda_"):
+        tk.ProxSGD([torch.ones(2, 2, requires_grad=True)], lambda_=0.1)
