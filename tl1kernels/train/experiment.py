@@ -44,7 +44,9 @@ SHAPED = [
 """The methods whose penalty has a shape parameter a to search for."""
 
 BUDGET = 0.10
-LEAST_ACCURACY = 0.05
+"""Share of the parameters that the search would like to leave at most."""
+MOST_LOST = 0.05
+"""Accuracy against no penalty that a chosen setting may lose at most."""
 
 
 class InterruptedRunsError(Exception):
@@ -147,7 +149,7 @@ def choose(results: Iterable[Result]) -> dict[str, dict[str, float]]:
     chosen = {}
     for method in METHODS:
         mine = [row for row in rows if row["method"] == method]
-        able = [row for row in mine if row["accuracy"] >= dense - LEAST_ACCURACY] or mine
+        able = [row for row in mine if row["accuracy"] >= dense - MOST_LOST] or mine
         small = [row for row in able if row["parameters"] <= BUDGET]
         if small:
             best = max(small, key=lambda row: (row["accuracy"], -row["parameters"]))
