@@ -13,6 +13,7 @@ from tl1kernels.views import GroupBy, view_of
 # Modules whose weight may be a matrix and is not a layer's: scales by position, rows by token.
 _EXEMPT = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 def param_groups(
@@ -28,9 +29,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into param groups, one for each layer's weights.
 
-    Regularized are the parameters of two or more dimensions named `weight` or `..._weight...`
-    of every module that is neither a normalization nor an embedding, in the order in which the
-    model registers them. Everything else (biases, norm scales, embeddings) goes to a last group
+    Regularized are the parameters of two or more dimensions with `weight` in their name of every
+    module that is neither a normalization nor an embedding, in the order in which the model
+    registers them. Everything else (biases, norm scales, embeddings) goes to a last group
     with lam = 0. A parameter shared by several modules is taken once, where it first appears.
 
     Where both terms are there (a penalty and groups), layer l of L gets, unless `mu` is given,
@@ -79,7 +80,7 @@ def _neurons(module: nn.Module, group_by: GroupBy) -> GroupBy:
     A transposed convolution's weight is (in, out, ...). With `groups`, the second dim of either
     kind counts within a group, and one index stands for several neurons: refused.
     """
-    divided = getattr(module, "groups", 1) != 1
+    divided = isinstance(module, _CONVOLUTIONS) and module.groups != 1
     refused: tuple[GroupBy, ...] = ("in", "in_spatial") if divided else ()
     dims: dict[GroupBy, GroupBy] = {}
     if isinstance(module, _TRANSPOSED):
