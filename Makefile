@@ -28,4 +28,4 @@ $(VENV)/.done: pyproject.toml constraints.txt $(shell find csrc -type f)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) build

@@ -58,6 +58,12 @@ def test_a_backend_asked_for_by_name_does_not_fall_back(picky):
         tk.prox(torch.ones(2), 0.1, backend="picky")
 
 
+def test_the_reference_refuses_devices_without_float64():
+    (_, batch) = plan.prepare([work()])[0]
+    batch.device = torch.device("mps")
+    assert backends.reference.rejects(batch) == "mps has no float64"
+
+
 def test_a_device_that_no_backend_takes_is_an_error(monkeypatch):
     monkeypatch.setattr(backends.reference, "rejects", lambda batch: "it has no float64")
     with pytest.raises(RuntimeError, match=r"no backend for cpu: .*'reference'.*no float64"):

@@ -354,6 +354,7 @@ BAD = [
     ({"group_weight": "cube"}, ValueError, r"group_weight must be None or 'sqrt', got 'cube'"),
     ({"backend": "abacus"}, ValueError, r"backend must be None or one of 'reference'.*'abacus'"),
     ({"out": torch.ones(3, 2)}, ValueError, r"out must have the shape of v"),
+    ({"out": torch.ones(2, 3, device="meta")}, ValueError, r"out must have the device of v, cpu"),
     ({"out": torch.ones(2, 3).double()}, ValueError, r"out must have the dtype of v"),
     ({"out": [1.0]}, TypeError, r"out must be a tensor, got list"),
 ]

@@ -225,6 +225,7 @@ class _Trace:
             with ExitStack() as stack:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.enable_grad())
+                self.reads = {layer: _alive(layer)[0] for layer in self.layers}
                 for layer in self.layers:
                     handle = layer.register_forward_hook(self._hook, with_kwargs=True)
                     stack.callback(handle.remove)
@@ -281,11 +282,10 @@ class _Trace:
         if not torch.is_grad_enabled():
             self.blind = True
         x = args[0] if args else kwargs["input"]
-        reads, _ = _alive(layer)
         shape = [1] * x.ndim
         shape[_unit_dim(layer, x)] = -1
         if x.requires_grad:
-            self._add_read(x * reads.view(shape))
+            self._add_read(x * self.reads[layer].view(shape))
         counted = x if isinstance(layer, _TRANSPOSED) else output
         positions = counted.numel() // counted.shape[_unit_dim(layer, counted)]
         self.positions[layer] = self.positions.get(layer, 0) + positions
