@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 
-from tl1kernels.backends import reference
+from tl1kernels.backends import native, reference
 from tl1kernels.batch import Batch
 
-BACKENDS: Mapping[str, ModuleType] = {"reference": reference}
+BACKENDS: Mapping[str, ModuleType] = {"cpu": native, "reference": reference}
 
-PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
+PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 """Backends by device type, the preferred one first; other devices get the reference."""
 
 ENVIRONMENT = "TL1KERNELS_BACKEND"

@@ -1,16 +1,19 @@
-"""The library built from csrc: where it is, its loading, and why it is not there.
+"""The backend "cpu": the library built from csrc, and why it is not there where it is not.
 
-It holds no kernels yet, so it is not a row of `BACKENDS`; `tl1kernels info` reports it.
+The step is one op, torch.ops.tl1kernels.step_; csrc/library.cpp has its schema.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import tl1kernels
+from tl1kernels.batch import SGD, Assign, Batch, Entry, Rule
 
 BINARY = "libtl1kernels_cpu.so"
 REPORT = "native_build.txt"
@@ -39,13 +42,86 @@ def load() -> Path:
         why = report.read_text().strip() if report else "the package was not installed by pip"
         raise FileNotFoundError(f"not built: {why}")
     torch.ops.load_library(str(library))
+    torch.library.register_fake("tl1kernels::step_", lambda *args: None)
     return library
 
 
 def build_info() -> str:
-    """Return the library's own words about how it was built."""
+    """Return the library's own words about how it was built, and the instruction set it uses."""
     load()
-    return torch.ops.tl1kernels.build_info()
+    ops = torch.ops.tl1kernels
+    return f"{ops.build_info()}; {ops.cpu_build()} of {ops.cpu_builds()}"
+
+
+def rejects(batch: Batch) -> str | None:
+    """Return why the library cannot run this batch; None if it can."""
+    if batch.device.type != "cpu":
+        return f"it has no kernels for {batch.device.type}"
+    if batch.penalty is not None and batch.penalty not in _penalties():
+        return f"it has no penalty {batch.penalty!r}"
+    for entry in batch.entries:
+        if entry.grad.dtype != batch.dtype:
+            return f"a gradient of {entry.grad.dtype} for a parameter of {batch.dtype}"
+    return None
+
+
+def run(batch: Batch) -> None:
+    """Take one step on every entry, in place."""
+    params = [entry.param for entry in batch.entries]
+    grads = [_laid_out_like(entry.param, entry.grad) for entry in batch.entries]
+    names = (*batch.rule.state, *batch.rule.counters)
+    state = [entry.state[name] for entry in batch.entries for name in names]
+    views = [(e.view.blocks, e.view.outer, e.view.groups, e.view.inner) for e in batch.entries]
+    torch.ops.tl1kernels.step_(
+        params,
+        grads,
+        state,
+        torch.tensor(views, dtype=torch.int64, device="cpu"),
+        torch.tensor([_scalars(e) for e in batch.entries], dtype=torch.float64, device="cpu"),
+        _rule_name(batch.rule),
+        batch.penalty,
+        getattr(batch.rule, "maximize", False),
+        getattr(batch.rule, "nesterov", False),
+        getattr(batch.rule, "decoupled", False),
+    )
+    # An op of the stable ABI does not say what it wrote to; autograd must know.
+    torch.autograd.graph.increment_version([*params, *state])
+
+
+def _rule_name(rule: Rule) -> str:
+    if isinstance(rule, Assign):
+        return "assign"
+    if isinstance(rule, SGD):
+        return "sgd_momentum" if rule.momentum else "sgd"
+    return "adam_amsgrad" if rule.amsgrad else "adam"
+
+
+def _scalars(entry: Entry) -> list[float]:
+    values = {**entry.scalars, **entry.terms._asdict()}
+    return [values.get(name, 0.0) for name in _scalar_names()]
+
+
+@cache
+def _scalar_names() -> tuple[str, ...]:
+    return tuple(torch.ops.tl1kernels.scalar_names().split())
+
+
+@cache
+def _penalties() -> frozenset[str]:
+    return frozenset(torch.ops.tl1kernels.penalty_names().split())
+
+
+def _laid_out_like(param: Tensor, grad: Tensor) -> Tensor:
+    """Return `grad` with its elements where `param` has them: itself, or else a copy."""
+    if _same_layout(param.shape, param.stride(), grad.stride()) and not grad.is_neg():
+        return grad
+    return torch.empty_like(param, memory_format=torch.preserve_format).copy_(grad)
+
+
+@lru_cache(maxsize=4096)
+def _same_layout(shape: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> bool:
+    # The stride of a dim of size 1 leads nowhere.
+    return all(n == 1 or a == b for n, a, b in zip(shape, ours, theirs, strict=True))
 
 
 def _installed(name: str) -> Path | None:

@@ -1,0 +1,328 @@
+// The CPU kernels. CMake compiles this file once per instruction set, with TL1_ISA its name and
+// TL1_RUN_TILE the name of the one function it exports. No std and no torch here: an inline function
+// of theirs, compiled for AVX-512, could be the copy that the linker keeps for everyone.
+//
+// A step is a chain of stages over BLOCK weights at a time, each a loop that vectorises:
+//   update (rule, stored type) -> t;  threshold (penalty) on t;  squares of t;  store, scaled
+// Stages are chosen from tables, so that rules, penalties and types add up and do not multiply.
+
+#include "kernels.h"
+#include "storage.h"
+
+#define SIMD _Pragma("omp simd")
+
+namespace tl1 {
+inline namespace TL1_ISA {
+namespace {
+
+struct States {
+  void* in[MAX_STATES];
+  void* out[MAX_STATES];
+};
+
+template <class P>
+using Update = void (*)(const RuleNumbers&, const P*, const P*, const States&, Arithmetic<P>*,
+                        int64_t);
+template <class A>
+using Threshold = void (*)(const Coefficients&, A*, int64_t);
+
+template <template <class> class Rule, class P>
+void update(const RuleNumbers& numbers, const P* p, const P* g, const States& states,
+            Arithmetic<P>* t, int64_t n) {
+  using A = Arithmetic<P>;
+  using R = Rule<A>;
+  const R rule(numbers);
+  const A* in0 = static_cast<const A*>(states.in[0]);
+  const A* in1 = static_cast<const A*>(states.in[1]);
+  const A* in2 = static_cast<const A*>(states.in[2]);
+  A* out0 = static_cast<A*>(states.out[0]);
+  A* out1 = static_cast<A*>(states.out[1]);
+  A* out2 = static_cast<A*>(states.out[2]);
+  SIMD for (int64_t i = 0; i < n; i++) {
+    A state[MAX_STATES] = {};
+    if constexpr (R::STATES > 0) state[0] = in0[i];
+    if constexpr (R::STATES > 1) state[1] = in1[i];
+    if constexpr (R::STATES > 2) state[2] = in2[i];
+    t[i] = rule(load(p[i]), load(g[i]), state);
+    if constexpr (R::STATES > 0) out0[i] = state[0];
+    if constexpr (R::STATES > 1) out1[i] = state[1];
+    if constexpr (R::STATES > 2) out2[i] = state[2];
+  }
+}
+
+// In place on t[0, n) and on what is behind it up to a multiple of CHUNK.
+template <template <class> class Penalty, class A>
+void threshold(const Coefficients& coefficients, A* t, int64_t n) {
+  const Penalty<A> penalty(coefficients);
+  const A cut = penalty.cut;
+  penalty.magnitude([=](auto magnitude) {
+    for (int64_t at = 0; at < n; at += CHUNK) {
+      A* v = t + at;
+      int alive = 0;
+      _Pragma("omp simd reduction(|:alive)") for (int64_t i = 0; i < CHUNK; i++) {
+        alive |= !(magnitude_of(v[i]) <= cut);  // a NaN lives
+      }
+      if (!alive) {
+        SIMD for (int64_t i = 0; i < CHUNK; i++) v[i] = 0;
+        continue;
+      }
+      SIMD for (int64_t i = 0; i < CHUNK; i++) {
+        const A size = magnitude_of(v[i]);
+        const A w = magnitude(size);
+        const A with_sign = v[i] < 0 ? -w : w;
+        v[i] = size <= cut ? A(0) : with_sign;
+      }
+    }
+  });
+}
+
+#define TL1_UPDATE(name, Rule) update<Rule, P>,
+template <class P>
+constexpr Update<P> UPDATES[] = {TL1_RULES(TL1_UPDATE)};
+
+#define TL1_THRESHOLD(name, Penalty) threshold<Penalty, A>,
+template <class A>
+constexpr Threshold<A> THRESHOLDS[] = {TL1_PENALTIES(TL1_THRESHOLD)};
+
+template <class A>
+double squares(const A* t, int64_t n, double unit) {
+  constexpr int64_t LANES = 32;  // enough independent sums to hide an addition's latency
+  double lanes[LANES] = {};
+  int64_t at = 0;
+  for (; at + LANES <= n; at += LANES) {
+    SIMD for (int64_t i = 0; i < LANES; i++) {
+      const double x = unit * static_cast<double>(t[at + i]);
+      lanes[i] = mul_add(x, x, lanes[i]);
+    }
+  }
+  for (int64_t i = 0; at + i < n; i++) {
+    const double x = unit * static_cast<double>(t[at + i]);
+    lanes[i] = mul_add(x, x, lanes[i]);
+  }
+  for (int64_t half = LANES / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class P>
+class Runner {
+  using A = Arithmetic<P>;
+  // Where weights are stored as they are computed, the first sweep can leave its values in them.
+  static constexpr bool IN_PLACE = sizeof(P) == sizeof(A);
+
+  const Step& step;
+  const Tile& tile;
+  const Workspace& work;
+  P* const param;
+  const P* const grad;
+  const int64_t inner, width;
+  const bool short_runs;
+  int64_t origin, columns;  // of the columns whose sums and factors are in the workspace
+
+ public:
+  Runner(const Step& step, const Tile& tile, const Workspace& work)
+      : step(step), tile(tile), work(work), param(static_cast<P*>(step.param)),
+        grad(static_cast<const P*>(step.grad)), inner(step.inner), width(step.width()),
+        short_runs(step.inner < SHORT_RUN), origin(tile.col0), columns(tile.col1 - tile.col0) {}
+
+  void run() {
+    switch (tile.phase) {
+      case Phase::flat: return flat();
+      case Phase::resident: return resident();
+      case Phase::measure: return measure();
+      case Phase::finish: return finish();
+    }
+  }
+
+ private:
+  int64_t address(int64_t row, int64_t col) const { return tile.base + row * width + col; }
+
+  // Update and threshold the weights [at, at + n), n <= BLOCK: their values go to t.
+  template <bool KeepState>
+  void advance(int64_t at, int64_t n, A* t) const {
+    A unused[KeepState ? 1 : MAX_STATES][KeepState ? 1 : BLOCK];
+    States states;
+    for (int i = 0; i < MAX_STATES; i++) {
+      A* stored = static_cast<A*>(step.state[i]);
+      states.in[i] = stored ? stored + at : nullptr;
+      states.out[i] = KeepState ? states.in[i] : unused[KeepState ? 0 : i];
+    }
+    UPDATES<P>[step.rule](step.numbers, param + at, grad + at, states, t, n);
+    if (step.penalty >= 0) THRESHOLDS<A>[step.penalty](step.coefficients, t, n);
+  }
+
+  void put(const A* t, int64_t at, int64_t n) const {
+    P* out = param + at;
+    const bool clean = step.clean;
+    SIMD for (int64_t i = 0; i < n; i++) store(t[i], clean, out[i]);
+  }
+
+  void put_scaled(const A* t, A factor, int64_t at, int64_t n) const {
+    P* out = param + at;
+    SIMD for (int64_t i = 0; i < n; i++) store(factor * t[i], true, out[i]);
+  }
+
+  void put_scaled(const A* t, const A* factors, int64_t at, int64_t n) const {
+    P* out = param + at;
+    SIMD for (int64_t i = 0; i < n; i++) store(factors[i] * t[i], true, out[i]);
+  }
+
+  // Calls f(group, first column, end) for the stretches of one group within columns [col, end).
+  template <class F>
+  void each_run(int64_t col, int64_t end, F f) const {
+    for (int64_t group = col / inner; col < end; group++) {
+      const int64_t stop = smaller((group + 1) * inner, end);
+      f(group, col, stop);
+      col = stop;
+    }
+  }
+
+  void clear_sums(double* sums) const {
+    if (short_runs) {
+      for (int64_t i = 0; i < columns; i++) work.columns()[i] = 0;
+    }
+    const int64_t first = origin / inner, last = (origin + columns - 1) / inner;
+    for (int64_t g = first; g <= last; g++) sums[g - first] = 0;
+  }
+
+  void add_squares(const A* t, int64_t col, int64_t n, double* sums) const {
+    const double unit = step.unit;
+    if (short_runs) {
+      double* sum = work.columns() + (col - origin);
+      SIMD for (int64_t i = 0; i < n; i++) {
+        const double x = unit * static_cast<double>(t[i]);
+        sum[i] = mul_add(x, x, sum[i]);
+      }
+      return;
+    }
+    const int64_t first = origin / inner;
+    each_run(col, col + n, [=](int64_t group, int64_t from, int64_t to) {
+      sums[group - first] += squares(t + (from - col), to - from, unit);
+    });
+  }
+
+  // Short runs: from columns to groups. They are never cut, so the columns begin with a group.
+  void fold_columns(double* sums) const {
+    if (!short_runs) return;
+    const double* column = work.columns();
+    for (int64_t g = 0; g * inner < columns; g++) {
+      for (int64_t i = 0; i < inner; i++) sums[g] += column[g * inner + i];
+    }
+  }
+
+  // Short runs: the factors of the groups from `origin` on, one for each column.
+  A* spread(const double* factors) const {
+    A* spread = static_cast<A*>(work.factors());
+    for (int64_t g = 0; g * inner < columns; g++) {
+      for (int64_t i = 0; i < inner; i++) spread[g * inner + i] = static_cast<A>(factors[g]);
+    }
+    return spread;
+  }
+
+  void flat() const {
+    alignas(64) A t[BLOCK];
+    for (int64_t at = address(0, tile.col0), end = address(0, tile.col1); at < end; at += BLOCK) {
+      const int64_t n = smaller(BLOCK, end - at);
+      advance<true>(at, n, t);
+      put(t, at, n);
+    }
+  }
+
+  void resident() {
+    for (int64_t col = tile.col0; col < tile.col1; col += tile.strip) {
+      origin = col;
+      columns = smaller(tile.strip, tile.col1 - col);
+      strip();
+    }
+  }
+
+  void strip() const {
+    A* values = static_cast<A*>(work.values());
+    double* sums = work.sums();
+    clear_sums(sums);
+    for (int64_t row = tile.row0; row < tile.row1; row++) {
+      A* t = values + (row - tile.row0) * columns;
+      for (int64_t i = 0; i < columns; i += BLOCK) {
+        advance<true>(address(row, origin + i), smaller(BLOCK, columns - i), t + i);
+      }
+    }
+    for (int64_t row = tile.row0; row < tile.row1; row++) {
+      add_squares(values + (row - tile.row0) * columns, origin, columns, sums);
+    }
+    fold_columns(sums);
+    const int64_t groups = columns / inner;
+    for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], step.group_threshold);
+    const A* spread_out = short_runs ? spread(sums) : nullptr;
+    for (int64_t row = tile.row0; row < tile.row1; row++) {
+      const A* t = values + (row - tile.row0) * columns;
+      const int64_t at = address(row, origin);
+      if (short_runs) {
+        put_scaled(t, spread_out, at, columns);
+      } else {
+        for (int64_t g = 0; g < groups; g++) {
+          put_scaled(t + g * inner, static_cast<A>(sums[g]), at + g * inner, inner);
+        }
+      }
+    }
+  }
+
+  void measure() const {
+    alignas(64) A t[BLOCK];
+    constexpr int64_t ROWS = 4;  // a piece of the column sums stays in L1 for so many rows
+    clear_sums(tile.sums);
+    for (int64_t row = tile.row0; row < tile.row1; row += ROWS) {
+      for (int64_t col = tile.col0; col < tile.col1; col += BLOCK) {
+        const int64_t n = smaller(BLOCK, tile.col1 - col);
+        for (int64_t r = row; r < smaller(row + ROWS, tile.row1); r++) {
+          advance<IN_PLACE>(address(r, col), n, t);
+          if (IN_PLACE) put(t, address(r, col), n);
+          add_squares(t, col, n, tile.sums);
+        }
+      }
+    }
+    fold_columns(tile.sums);
+  }
+
+  // From the last row to the first: what the first sweep read last may still be in cache.
+  void finish() const {
+    const A* spread_out = short_runs ? spread(tile.factors + origin / inner) : nullptr;
+    for (int64_t row = tile.row1 - 1; row >= tile.row0; row--) {
+      for (int64_t col = tile.col0; col < tile.col1; col += BLOCK) {
+        finish_block(address(row, col), col, smaller(BLOCK, tile.col1 - col), spread_out);
+      }
+    }
+  }
+
+  void finish_block(int64_t at, int64_t col, int64_t n, const A* spread_out) const {
+    alignas(64) A values[IN_PLACE ? 1 : BLOCK];
+    const A* t = values;
+    if constexpr (IN_PLACE) {
+      t = param + at;
+    } else {
+      advance<true>(at, n, values);
+    }
+    if (short_runs) return put_scaled(t, spread_out + (col - origin), at, n);
+    each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
+      const double factor = tile.factors[group];
+      if (IN_PLACE && factor == 1) return;
+      put_scaled(t + (from - col), static_cast<A>(factor), at + (from - col), to - from);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace TL1_ISA
+
+void TL1_RUN_TILE(const Step& step, const Tile& tile, const Workspace& work) {
+  switch (step.stored) {
+    case Stored::float32: return Runner<float>(step, tile, work).run();
+    case Stored::float64: return Runner<double>(step, tile, work).run();
+    case Stored::bfloat16: return Runner<BFloat16>(step, tile, work).run();
+    case Stored::float16: return Runner<Float16>(step, tile, work).run();
+  }
+}
+
+}  // namespace tl1

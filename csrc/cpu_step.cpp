@@ -1,0 +1,246 @@
+// The op tl1kernels::step_ on the CPU: checks its arguments, picks the kernels, runs the schedule.
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "schedule.h"
+
+namespace tl1 {
+
+// One for each build of cpu_kernels.cpp.
+void run_tile_baseline(const Step&, const Tile&, const Workspace&);
+#ifdef TL1_X86_BUILDS
+void run_tile_avx2(const Step&, const Tile&, const Workspace&);
+void run_tile_avx512(const Step&, const Tile&, const Workspace&);
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+// Names one of the builds; without it the best that the processor can run.
+constexpr const char* CPU_ENVIRONMENT = "TL1KERNELS_CPU";
+
+struct Build {
+  const char* name;
+  RunTile run;
+  bool supported;
+};
+
+// The best first.
+const std::vector<Build>& builds() {
+  static const std::vector<Build> all = {
+#ifdef TL1_X86_BUILDS
+      {"avx512", run_tile_avx512, __builtin_cpu_supports("x86-64-v4") != 0},
+      {"avx2", run_tile_avx2, __builtin_cpu_supports("x86-64-v3") != 0},
+#endif
+      {"baseline", run_tile_baseline, true},
+  };
+  return all;
+}
+
+const Build& chosen_build() {
+  const char* asked = std::getenv(CPU_ENVIRONMENT);
+  std::string names;
+  for (const Build& build : builds()) {
+    if (!build.supported) continue;
+    if (!asked || !*asked || asked == std::string(build.name)) return build;
+    names += std::string(names.empty() ? "'" : ", '") + build.name + "'";
+  }
+  STD_TORCH_CHECK(false, CPU_ENVIRONMENT, " must be one of ", names, " on this processor, got '",
+                  asked, "'");
+}
+
+#define TL1_NAME(name, Struct) name,
+constexpr const char* RULE_NAMES[] = {TL1_RULES(TL1_NAME)};
+constexpr const char* PENALTY_NAMES[] = {TL1_PENALTIES(TL1_NAME)};
+
+#define TL1_STATES(name, Rule) Rule<float>::STATES,
+constexpr int RULE_STATES[] = {TL1_RULES(TL1_STATES)};
+
+#define TL1_PREPARE(name, Penalty) Penalty<float>::prepare,
+constexpr void (*PREPARE[])(double, double, double, Coefficients&) = {TL1_PENALTIES(TL1_PREPARE)};
+
+template <size_t N>
+int row_of(const char* argument, const std::string& name, const char* const (&names)[N]) {
+  std::string known;
+  for (size_t i = 0; i < N; i++) {
+    if (name == names[i]) return static_cast<int>(i);
+    known += std::string(i ? ", '" : "'") + names[i] + "'";
+  }
+  STD_TORCH_CHECK(false, argument, " must be one of ", known, ", got '", name, "'");
+}
+
+Stored stored_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Stored::float32;
+    case ScalarType::Double: return Stored::float64;
+    case ScalarType::BFloat16: return Stored::bfloat16;
+    case ScalarType::Half: return Stored::float16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "params must be float32, float64, bfloat16 or float16");
+}
+
+void check(const char* name, const Tensor& tensor, int64_t numel, ScalarType type) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " elements, got ",
+                  tensor.numel());
+}
+
+// Adds one to a counter of steps, a 0-d float tensor, and returns it.
+double count(const Tensor& counter) {
+  const bool wide = counter.scalar_type() == ScalarType::Double;
+  check("step", counter, 1, wide ? ScalarType::Double : ScalarType::Float);
+  void* value = counter.mutable_data_ptr();
+  return wide ? ++*static_cast<double*>(value) : ++*static_cast<float*>(value);
+}
+
+// A thread keeps its workspace; the kernels write it before they read it.
+const Workspace& workspace() {
+  struct Owner {
+    Workspace work;
+    Owner() : work{static_cast<char*>(std::aligned_alloc(64, Workspace::BYTES))} {
+      if (!work.memory) throw std::bad_alloc();
+    }
+    ~Owner() { std::free(work.memory); }
+  };
+  static thread_local Owner owner;
+  return owner.work;
+}
+
+// Calls f(i) for i in [0, n); threads take the next i when they are ready for it.
+template <class F>
+void for_each(size_t n, bool parallel, const F& f) {
+  const int64_t threads = parallel ? std::min<int64_t>(n, torch::stable::get_num_threads()) : 1;
+  if (threads <= 1) {
+    for (size_t i = 0; i < n; i++) f(i);
+    return;
+  }
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+  });
+}
+
+void run(const std::vector<Step>& steps) {
+  constexpr int64_t WORTH_THREADS = 1 << 15;  // weights; less is done before the others wake up
+  const RunTile run_tile = chosen_build().run;
+  Schedule plan = schedule::of(steps);
+  int64_t weights = 0;
+  for (const Step& s : steps) weights += s.blocks * s.outer * s.width();
+  const bool parallel = weights >= WORTH_THREADS;
+  const auto sweep = [&](const std::vector<Tile>& tiles) {
+    for_each(tiles.size(), parallel, [&](size_t i) {
+      run_tile(steps[tiles[i].step], tiles[i], workspace());
+    });
+  };
+  sweep(plan.first);
+  for_each(plan.between.size(), parallel, [&](size_t i) {
+    schedule::reduce(steps[plan.between[i].step], plan.between[i], plan);
+  });
+  // Backwards: the tiles that the first sweep took last may still be in cache.
+  std::reverse(plan.second.begin(), plan.second.end());
+  sweep(plan.second);
+}
+
+// Views must be an int64 tensor (n, 4), scalars float64 (n, number of SCALAR_NAMES), both contiguous.
+void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state,
+           Tensor views, Tensor scalars, std::string rule, std::optional<std::string> penalty,
+           bool maximize, bool nesterov, bool decoupled) {
+  const size_t n = params.size();
+  const int rule_row = row_of("rule", rule, RULE_NAMES);
+  const int penalty_row = penalty ? row_of("penalty", *penalty, PENALTY_NAMES) : -1;
+  const size_t shaped = RULE_STATES[rule_row];
+  const bool adam = rule.rfind("adam", 0) == 0;
+  const size_t each = shaped + adam;  // the last is Adam's counter
+  constexpr int64_t N_SCALARS = sizeof(Scalars) / sizeof(double);
+  STD_TORCH_CHECK(grads.size() == n, "grads must be as many as params, got ", grads.size());
+  STD_TORCH_CHECK(state.size() == n * each, "state must have ", each, " tensors a parameter");
+  check("views", views, n * 4, ScalarType::Long);
+  check("scalars", scalars, n * N_SCALARS, ScalarType::Double);
+  const int64_t* view = static_cast<const int64_t*>(views.const_data_ptr());
+  const Scalars* scalar = static_cast<const Scalars*>(scalars.const_data_ptr());
+
+  std::vector<Step> steps(n);
+  for (size_t i = 0; i < n; i++) {
+    Step& s = steps[i];
+    const int64_t* v = view + 4 * i;
+    const int64_t numel = params[i].numel();
+    const ScalarType type = params[i].scalar_type();
+    s.stored = stored_type(type);
+    check("params", params[i], numel, type);
+    check("grads", grads[i], numel, type);
+    STD_TORCH_CHECK(v[0] * v[1] * v[2] * v[3] == numel && v[0] >= 0 && v[1] >= 0 && v[2] >= 0,
+                    "views must have the number of elements of params");
+    const ScalarType wide = s.stored == Stored::float64 ? ScalarType::Double : ScalarType::Float;
+    for (size_t k = 0; k < shaped; k++) check("state", state[i * each + k], numel, wide);
+    s.param = params[i].mutable_data_ptr();
+    s.grad = grads[i].const_data_ptr();
+    for (size_t k = 0; k < MAX_STATES; k++) {
+      s.state[k] = k < shaped ? state[i * each + k].mutable_data_ptr() : nullptr;
+    }
+    s.blocks = v[0], s.outer = v[1], s.groups = v[2], s.inner = v[3];
+  }
+  // Nothing above has changed anything. From here on nothing is refused.
+  chosen_build();
+  for (size_t i = 0; i < n; i++) {
+    Step& s = steps[i];
+    const Scalars& c = scalar[i];
+    s.rule = rule_row;
+    s.penalty = c.elementwise > 0 ? penalty_row : -1;
+    s.clean = c.elementwise > 0 || c.group > 0;
+    s.numbers = rule_numbers(c, {maximize, nesterov, decoupled}, adam,
+                             adam ? count(state[i * each + shaped]) : 1);
+    if (s.penalty >= 0) PREPARE[s.penalty](c.lr, c.elementwise, c.a, s.coefficients);
+    const double threshold = c.lr * c.group;
+    // float32's squares fit into float64 as they are.
+    const bool scale = s.stored == Stored::float64 && threshold > 0;
+    s.unit = scale ? std::ldexp(1.0, -std::clamp(std::ilogb(threshold), -1000, 1000)) : 1;
+    s.group_threshold = c.group > 0 ? threshold * s.unit : -1;
+  }
+  run(steps);
+}
+
+std::string joined(const char* const* names, size_t n) {
+  std::string all;
+  for (size_t i = 0; i < n; i++) all += std::string(i ? " " : "") + names[i];
+  return all;
+}
+
+std::string cpu_build() { return chosen_build().name; }
+std::string cpu_builds() {
+  std::string all;
+  for (const Build& build : builds()) {
+    if (build.supported) all += std::string(all.empty() ? "" : " ") + build.name;
+  }
+  return all;
+}
+std::string scalar_names() { return SCALAR_NAMES; }
+std::string penalty_names() { return joined(PENALTY_NAMES, std::size(PENALTY_NAMES)); }
+
+}  // namespace
+}  // namespace tl1
+
+STABLE_TORCH_LIBRARY_IMPL(tl1kernels, CPU, m) {
+  m.impl("step_", TORCH_BOX(&tl1::step_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tl1kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_build", TORCH_BOX(&tl1::cpu_build));
+  m.impl("cpu_builds", TORCH_BOX(&tl1::cpu_builds));
+  m.impl("scalar_names", TORCH_BOX(&tl1::scalar_names));
+  m.impl("penalty_names", TORCH_BOX(&tl1::penalty_names));
+}

@@ -1,0 +1,223 @@
+// The proximal operators of single weights, for the CPU and CUDA: no trigonometry, safe in float32.
+//
+// A penalty is a struct with
+//   prepare(step, weight, a, c)   once per tensor, float64: fills the coefficients c
+//   Penalty(c)                    the same in the arithmetic type A, float or double
+//   cut                           |v| <= cut goes to 0; all other |v| go to
+//   magnitude(loop)               calls loop(f) where f(|v|) is the prox, >= 0
+// and a row of TL1_PENALTIES. NaN is never <= cut, and f must pass it on.
+
+#pragma once
+
+#include <math.h>
+
+#ifdef __CUDACC__
+#define TL1_INLINE __host__ __device__ __forceinline__
+#else
+#define TL1_INLINE inline
+#endif
+
+// The CPU kernels compile this file once per instruction set. A namespace for each keeps the linker
+// from giving all of them one copy, which might be the AVX-512 one.
+#ifndef TL1_ISA
+#define TL1_ISA portable
+#endif
+
+namespace tl1 {
+
+// What a penalty's `prepare` computes; the meaning of x is its own.
+struct Coefficients {
+  double cut;
+  double x[5];
+};
+
+inline namespace TL1_ISA {
+
+// Where there is no fused multiply-add the error terms below would be lost to rounding.
+#if defined(__CUDACC__) || defined(__FP_FAST_FMAF)
+constexpr bool FUSED = true;
+#else
+constexpr bool FUSED = false;
+#endif
+
+TL1_INLINE float mul_add(float a, float b, float c) { return FUSED ? fmaf(a, b, c) : a * b + c; }
+TL1_INLINE double mul_add(double a, double b, double c) { return FUSED ? fma(a, b, c) : a * b + c; }
+TL1_INLINE float root(float x) { return sqrtf(x); }
+TL1_INLINE double root(double x) { return sqrt(x); }
+TL1_INLINE float magnitude_of(float x) { return fabsf(x); }
+TL1_INLINE double magnitude_of(double x) { return fabs(x); }
+
+TL1_INLINE float towards_zero(float x) { return nextafterf(x, 0.0f); }
+TL1_INLINE double towards_zero(double x) { return nextafter(x, 0.0); }
+
+// The largest A <= x >= 0, so that a v of type A compares with it as with x itself.
+template <class A>
+TL1_INLINE A round_down(double x) {
+  A nearest = static_cast<A>(x);
+  return static_cast<double>(nearest) > x ? towards_zero(nearest) : nearest;
+}
+
+template <class A, int N>
+TL1_INLINE A polynomial(const double (&c)[N], A x) {
+  A sum = static_cast<A>(c[N - 1]);
+  for (int i = N - 2; i >= 0; i--) sum = mul_add(sum, x, static_cast<A>(c[i]));
+  return sum;
+}
+
+// l1: max(0, |v| - tau).
+template <class A>
+struct SoftThreshold {
+  static void prepare(double step, double weight, double, Coefficients& c) {
+    c.cut = step * weight;
+  }
+
+  A cut, rest;  // tau, in two parts
+
+  TL1_INLINE explicit SoftThreshold(const Coefficients& c)
+      : cut(round_down<A>(c.cut)), rest(static_cast<A>(c.cut - static_cast<double>(cut))) {}
+
+  template <class Loop>
+  TL1_INLINE void magnitude(Loop loop) const {
+    const SoftThreshold self = *this;
+    loop([self](A size) { return (size - self.cut) - self.rest; });
+  }
+};
+
+// Transformed l1 (Zhang & Xin 2017; Ma et al. 2019, eq. 11). With y = a + |v| and
+// D = tau a (a + 1), the prox is |v| - D P / y^2, where P = 1 / r^2 and r in [2/3, 1] is the
+// largest root of r^3 - r^2 + (4/27) q = 0 for q = (27/4) D / y^3. The published form subtracts
+// terms of order a; this one loses nothing, and P is a polynomial:
+//   gentle: in q itself, where the threshold's q is at most 1/4 (tau below about a^2 / 24)
+//   steep:  in 1 - sqrt(1 - q)
+// tl1_constants.py finds them again and says how good they are.
+constexpr double TL1_GENTLE_Q = 0.25;
+// P - 1 = q * polynomial(q), for q <= 1/4: relative error 1.1e-08
+constexpr double TL1_GENTLE[] = {
+    2.9629831495219761e-1,
+    1.5352412751066328e-1,
+    9.9503894186629669e-2,
+    5.4188328031523674e-2,
+    9.887266104784794e-2,
+};
+// P - 1 = x * polynomial(x), x = 1 - u, for q <= 1: relative error 1.1e-08
+constexpr double TL1_STEEP[] = {
+    5.9259086159632275e-1,
+    3.1832810285811126e-1,
+    1.6443365909525517e-1,
+    9.6574918154151067e-2,
+    -8.7712096137369075e-3,
+    1.6815378026226187e-1,
+    -2.4281597083396648e-1,
+    2.7617415935046862e-1,
+    -1.6115764230278867e-1,
+    4.6489316343003194e-2,
+};
+// z - 1 = x * polynomial(x), x = 1 - u, for q <= 1: relative error 1.1e-08
+constexpr double TL1_Z[] = {
+    -1.1111194051270547e-1,
+    -1.6441318598217125e-2,
+    -4.4232045686194067e-3,
+    -7.7728552816301757e-4,
+    -1.5926046476784248e-3,
+    9.31337314034989e-4,
+    -5.5957009711010404e-4,
+};
+
+template <class A>
+struct TransformedL1 {
+  static void prepare(double step, double weight, double a, Coefficients& c) {
+    const double tau = step * weight;
+    const double d = tau / a * (1 + 1 / a);  // D in units of a: the threshold is where y = 1 + d
+    const bool continuous = d <= 0.5;
+    c.cut = continuous ? tau * (1 + 1 / a) : sqrt(2 * tau) * sqrt(a + 1) - a / 2;
+    c.x[0] = continuous && 6.75 * d <= TL1_GENTLE_Q * (1 + d) * (1 + d) * (1 + d);
+    c.x[1] = a;
+    c.x[2] = tau;
+  }
+
+  A cut, a, a_low, d, k;
+  double exact_a, exact_d;
+  bool gentle;
+
+  TL1_INLINE explicit TransformedL1(const Coefficients& c) : cut(round_down<A>(c.cut)) {
+    // Beyond these a, y^2 or D would leave the type's range; TL1 is l0 or l1 there to all digits.
+    constexpr double LARGEST = sizeof(A) == 4 ? 1e15 : 1e100;
+    exact_a = fmin(fmax(c.x[1], 1 / LARGEST), LARGEST);
+    exact_d = fmin(c.x[2] * exact_a * (exact_a + 1), sizeof(A) == 4 ? 1e37 : 1e300);
+    a = static_cast<A>(exact_a);
+    a_low = static_cast<A>(exact_a - static_cast<double>(a));
+    d = static_cast<A>(exact_d);
+    k = static_cast<A>(6.75 * exact_d);
+    gentle = c.x[0] != 0;
+  }
+
+  template <class Loop>
+  TL1_INLINE void magnitude(Loop loop) const {
+    const TransformedL1 self = *this;
+    if constexpr (sizeof(A) == 8 || !FUSED) {
+      loop([self](A size) { return static_cast<A>(self.by_newton(size)); });
+    } else if (gentle) {
+      loop([self](A size) { return self.by_polynomial<true>(size); });
+    } else {
+      loop([self](A size) { return self.by_polynomial<false>(size); });
+    }
+  }
+
+  // At most 3 ulp of |v| (scaled by 1 / sqrt(1 - q) next to the double root). Two of its terms
+  // carry what rounding took: `low` from y, `rest` from the quotient D P / y^2.
+  template <bool Gentle>
+  TL1_INLINE A by_polynomial(A size) const {
+    const A y = a + size;
+    const A low = ((a - y) + size) + a_low;
+    const A square = y * y;
+    const A inverse = 1 / square;
+    const A y_inverse = inverse * y;
+    const A q = (k * inverse) * y_inverse;
+    A excess;  // P - 1
+    if constexpr (Gentle) {
+      excess = q * polynomial(TL1_GENTLE, q);
+    } else {
+      const A left = mul_add(3 * q * y_inverse, low, 1 - q);
+      const A x = 1 - root(left > 0 ? left : A(0));
+      excess = x * polynomial(TL1_STEEP, x);
+    }
+    const A numerator = mul_add(d, excess, d);
+    const A quotient = numerator * inverse;
+    A rest = mul_add(-quotient, square, numerator);
+    rest = mul_add(-2 * quotient * y, low, rest);
+    const A w = size - mul_add(rest, inverse, quotient);
+    // So far out that y^2 may overflow, the prox is |v| to all digits. NaN goes that way too.
+    return size < A(1e18) ? (w > 0 ? w : A(0)) : size;
+  }
+
+  // For float64, and for float32 without FMA. z = cos(acos(u) / 3) gives r = (4 z^2 - 1) / 3; its
+  // cubic 4 z^3 - 3 z = u has no double root, so a Newton step squares the polynomial's error.
+  TL1_INLINE double by_newton(double size) const {
+    const double inverse = 1 / (exact_a + size);
+    const double quotient = exact_d * inverse * inverse;
+    const double left = 1 - 6.75 * (quotient * inverse);
+    const double u = root(left > 0 ? left : 0.0);
+    double z = 1 + (1 - u) * polynomial(TL1_Z, 1 - u);
+    const double square = 4 * z * z;
+    z -= (z * (square - 3) - u) / (3 * square - 3);
+    const double r = (4 * z * z - 1) / 3;
+    const double w = size - quotient / (r * r);
+    return w > 0 || size != size ? w : 0.0;
+  }
+};
+
+// max(0, 1 - threshold / norm), the group's factor in eq. 22, from the sum of squares. Both are in
+// units in which the threshold is near 1: where the sum over- or underflows the factor is 1 or 0.
+// `<=` first, so that a norm of 0 is never divided by, and a NaN stays NaN.
+TL1_INLINE double shrink_factor(double sum_of_squares, double threshold) {
+  const double norm = root(sum_of_squares);
+  return norm <= threshold ? 0 : 1 - threshold / norm;
+}
+
+// The elementwise penalties by the name that the registry gives them (tl1kernels/penalties.py).
+#define TL1_PENALTIES(row) \
+  row("l1", SoftThreshold) \
+  row("tl1", TransformedL1)
+
+}  // namespace TL1_ISA
+}  // namespace tl1

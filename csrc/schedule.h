@@ -1,0 +1,137 @@
+// Many tensors' steps -> tiles that any number of threads can take in any order.
+//
+// The tiles depend on the tensors alone, and sums are added in the order of the tiles: the bits of a
+// result do not depend on how many threads there are or which was faster.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+
+namespace tl1 {
+
+// One block's groups in the two sweeps: adds its tiles' sums up, in order, and turns them into
+// factors.
+struct Reduction {
+  int64_t step;
+  size_t first_tile, last_tile;  // in Schedule::first
+  size_t factors;                // place of the block's first factor in Schedule::factors
+};
+
+struct Schedule {
+  std::vector<Tile> first;    // flat, resident, measure
+  std::vector<Tile> second;   // finish
+  std::vector<Reduction> between;
+  std::vector<double> sums;
+  std::vector<double> factors;
+};
+
+namespace schedule {
+
+constexpr int64_t FLAT_TILE = 1 << 16;     // weights; enough that taking a tile costs nothing
+constexpr int64_t SMALL_STRIP = 2048;      // weights that wait in L1, where groups are that small
+constexpr int64_t STREAM = 1024;           // columns that memory still delivers at speed
+constexpr int64_t MEASURE_TILE = 1 << 18;  // weights
+constexpr int64_t ROW_TILES = 64;          // at most, and
+constexpr int64_t ROWS = 32;               // at least: what bounds the memory of the sums
+
+inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Columns that a thread holds until their norms are known, whole groups; 0 if that cannot be.
+inline int64_t resident_strip(const Step& s) {
+  const int64_t width = s.width(), limit = s.inner < SHORT_RUN ? COLUMNS : RESIDENT;
+  const int64_t most = std::min(RESIDENT / s.outer, limit) / s.inner * s.inner;
+  if (s.outer == 1) {
+    return std::min(most, std::max(s.inner, SMALL_STRIP / s.inner * s.inner));
+  }
+  return most >= width ? width : (most >= STREAM ? most : 0);
+}
+
+inline void flat(const Step& s, int64_t index, Schedule& plan) {
+  const int64_t size = s.blocks * s.outer * s.width();
+  for (int64_t at = 0; at < size; at += FLAT_TILE) {
+    plan.first.push_back({Phase::flat, index, 0, 0, 1, at, std::min(at + FLAT_TILE, size), 0,
+                          nullptr, nullptr});
+  }
+}
+
+inline void resident(const Step& s, int64_t index, int64_t base, int64_t strip, Schedule& plan) {
+  const int64_t width = s.width();
+  const int64_t columns = strip * std::max<int64_t>(1, FLAT_TILE / (strip * s.outer));
+  for (int64_t col = 0; col < width; col += columns) {
+    plan.first.push_back({Phase::resident, index, base, 0, s.outer, col,
+                          std::min(col + columns, width), strip, nullptr, nullptr});
+  }
+}
+
+inline void two_sweeps(const Step& s, int64_t index, int64_t base, Schedule& plan) {
+  const int64_t width = s.width();
+  const int64_t rows = std::max(ROWS, up(s.outer, ROW_TILES));
+  int64_t columns = std::max(STREAM, MEASURE_TILE / std::min(rows, s.outer));
+  if (s.inner < SHORT_RUN) columns = std::min(columns, COLUMNS) / s.inner * s.inner;
+  const size_t first_tile = plan.first.size();
+  for (int64_t row = 0; row < s.outer; row += rows) {
+    for (int64_t col = 0; col < width; col += columns) {
+      plan.first.push_back({Phase::measure, index, base, row, std::min(row + rows, s.outer), col,
+                            std::min(col + columns, width), 0, nullptr, nullptr});
+    }
+  }
+  plan.between.push_back({index, first_tile, plan.first.size(), plan.factors.size()});
+  plan.factors.resize(plan.factors.size() + static_cast<size_t>(s.groups));
+}
+
+inline Schedule of(const std::vector<Step>& steps) {
+  Schedule plan;
+  for (size_t i = 0; i < steps.size(); i++) {
+    const Step& s = steps[i];
+    const int64_t index = static_cast<int64_t>(i), size = s.outer * s.width();
+    if (s.blocks * size == 0) continue;
+    if (s.group_threshold < 0) {
+      flat(s, index, plan);
+      continue;
+    }
+    const int64_t strip = resident_strip(s);
+    for (int64_t block = 0; block < s.blocks; block++) {
+      if (strip) {
+        resident(s, index, block * size, strip, plan);
+      } else {
+        two_sweeps(s, index, block * size, plan);
+      }
+    }
+  }
+  // Only now that nothing grows any more: where each tile's sums and factors are.
+  size_t n_sums = 0;
+  for (const Tile& t : plan.first) {
+    if (t.phase == Phase::measure) n_sums += t.n_groups(steps[t.step].inner);
+  }
+  plan.sums.resize(n_sums);
+  double* sums = plan.sums.data();
+  for (const Reduction& r : plan.between) {
+    for (size_t i = r.first_tile; i < r.last_tile; i++) {
+      Tile& t = plan.first[i];
+      t.sums = sums;
+      sums += t.n_groups(steps[t.step].inner);
+      plan.second.push_back(t);
+      plan.second.back().phase = Phase::finish;
+      plan.second.back().factors = plan.factors.data() + r.factors;
+    }
+  }
+  return plan;
+}
+
+inline void reduce(const Step& s, const Reduction& r, Schedule& plan) {
+  double* factors = plan.factors.data() + r.factors;
+  for (size_t i = r.first_tile; i < r.last_tile; i++) {
+    const Tile& t = plan.first[i];
+    const int64_t first = t.first_group(s.inner), n = t.n_groups(s.inner);
+    for (int64_t g = 0; g < n; g++) factors[first + g] += t.sums[g];
+  }
+  for (int64_t g = 0; g < s.groups; g++) {
+    factors[g] = shrink_factor(factors[g], s.group_threshold);
+  }
+}
+
+}  // namespace schedule
+}  // namespace tl1

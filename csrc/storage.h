@@ -1,0 +1,84 @@
+// The stored types and their conversion to the arithmetic type, in integer operations that every
+// instruction set vectorises. 16-bit floats are read exactly and rounded to nearest, ties to even.
+
+#pragma once
+
+#include <stdint.h>
+
+#include "prox_math.h"
+
+namespace tl1 {
+inline namespace TL1_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+inline float load(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+
+inline float load(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  // Exponents are re-biased by 112; infinity and NaN by twice that. Subnormals are multiples of
+  // 2^-24: the conversion of a small integer is exact.
+  const uint32_t normal = (magnitude << 13) + ((magnitude < 0x7c00 ? 112u : 224u) << 23);
+  const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return from_bits(sign | (magnitude < 0x0400 ? subnormal : normal));
+}
+
+// `clean` turns -0 into +0: a dead weight has one bit pattern.
+inline void store(float x, bool clean, float& out) { out = clean ? x + 0.0f : x; }
+inline void store(double x, bool clean, double& out) { out = clean ? x + 0.0 : x; }
+
+inline void store(float x, bool clean, BFloat16& out) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uint32_t stored = x != x ? 0x7fc0 : rounded;  // rounding could carry a NaN over to -0
+  out.bits = static_cast<uint16_t>(clean && stored == 0x8000 ? 0 : stored);
+}
+
+inline void store(float x, bool clean, Float16& out) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  // Below 2^-14 the unit is 2^-24: adding 1/2 in float32 rounds to it and leaves it in the low bits.
+  const uint32_t subnormal = bits_of(from_bits(magnitude) + 0.5f) - bits_of(0.5f);
+  uint32_t stored = magnitude < (113u << 23) ? subnormal : normal;
+  stored = magnitude >= 0x477ff000 ? 0x7c00 : stored;  // 65520 and up round to infinity
+  stored = magnitude > 0x7f800000 ? 0x7e00 : stored;
+  stored |= sign;
+  out.bits = static_cast<uint16_t>(clean && stored == 0x8000 ? 0 : stored);
+}
+
+// float64 for itself, float32 for all that is smaller.
+template <class P>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+template <class P>
+using Arithmetic = typename ArithmeticOf<P>::type;
+
+}  // namespace TL1_ISA
+}  // namespace tl1

@@ -1,0 +1,85 @@
+"""Print the constants of prox_math.h: minimax fits, found again from the definition.
+
+Run: python csrc/tl1_constants.py          (needs numpy and mpmath)
+
+TL1's prox is |v| - D P(q) / y^2, where P = 1 / r^2 and r is the largest root of
+r^3 - r^2 + (4/27) q = 0 for q in [0, 1]. With u = sqrt(1 - q) that root is (4 z^2 - 1) / 3 for
+z = cos(acos(u) / 3). P has a branch point at q = 1 but is smooth in u, and z too. All are 1 where
+their argument is 0, so the fits are 1 + x * polynomial(x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mpmath as mp
+import numpy as np
+
+mp.mp.dps = 40
+
+
+def z_of(u: mp.mpf) -> mp.mpf:
+    """Return cos(acos(u) / 3)."""
+    return mp.cos(mp.acos(u) / 3)
+
+
+def p_of(u: mp.mpf) -> mp.mpf:
+    """Return 1 / r^2."""
+    return (3 / (4 * z_of(u) ** 2 - 1)) ** 2
+
+
+def minimax(f: Callable[[mp.mpf], mp.mpf], high: float, degree: int) -> tuple[list[mp.mpf], float]:
+    """Return the polynomial 1 + c_1 x + ... + c_degree x^degree of least relative error.
+
+    Remez exchange on [0, high], for f(0) = 1.
+
+    Returns:
+        The coefficients c_1 to c_degree, and the largest relative error.
+    """
+    n = degree + 1  # unknowns: c_1 to c_degree, and the levelled error
+    grid = [high * (1 - mp.cos(mp.pi * (i + 1) / 2000)) / 2 for i in range(2000)]
+    values = [f(x) for x in grid]
+    at = [int(1999 * (1 - mp.cos(mp.pi * (i + 0.5) / n)) / 2) for i in range(n)]
+    for _ in range(12):
+        system = mp.matrix(n, n)
+        right = mp.matrix(n, 1)
+        for row, i in enumerate(at):
+            for k in range(1, n):
+                system[row, k - 1] = grid[i] ** k / values[i]
+            system[row, n - 1] = (-1) ** row
+            right[row] = 1 - 1 / values[i]
+        solution = mp.lu_solve(system, right)
+        c = [solution[k] for k in range(n - 1)]
+        error = np.array([float((1 + x * mp.polyval(c[::-1], x)) / y - 1) for x, y in zip(grid, values)])
+        # One extremum for each stretch of one sign.
+        edges = np.flatnonzero(np.diff(np.sign(error))) + 1
+        stretches = np.split(np.arange(error.size), edges)
+        peaks = [int(s[np.argmax(np.abs(error[s]))]) for s in stretches]
+        peaks.sort(key=lambda i: -abs(error[i]))
+        at = sorted(peaks[:n])
+        if len(at) < n:
+            raise RuntimeError("the error does not alternate often enough")
+    return c, float(np.abs(error).max())
+
+
+FITS = {
+    "TL1_GENTLE": ("P - 1 = q * polynomial(q), for q <= 1/4", lambda q: p_of(mp.sqrt(1 - q)), 0.25, 5),
+    "TL1_STEEP": ("P - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: p_of(1 - x), 1.0, 10),
+    "TL1_Z": ("z - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: z_of(1 - x), 1.0, 7),
+}
+
+
+def lines() -> list[str]:
+    """Return the constants as lines of C++."""
+    out = []
+    for name, (what, f, high, degree) in FITS.items():
+        c, error = minimax(f, high, degree)
+        out.append(f"// {what}: relative error {error:.1e}")
+        out.append(f"constexpr double {name}[] = {{")
+        out += [f"    {mp.nstr(value, 17, min_fixed=-1, max_fixed=1)}," for value in c]
+        out.append("};")
+    return out
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))

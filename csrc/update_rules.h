@@ -1,0 +1,140 @@
+// The update rules for one weight, for the CPU and CUDA: v = rule(p, g, state), torch.optim's.
+//
+// A rule is a struct with
+//   STATES                     how many state tensors it has (those shaped like the parameter)
+//   Rule(s)                    its numbers in the arithmetic type A, from `Scalars`, once per tensor
+//   operator()(p, g, state)    the updated weight; state[i] is updated in place
+// A number that switches something off (no weight decay, plain momentum) selects and does not
+// multiply: 0 * inf would be NaN where torch.optim has none.
+
+#pragma once
+
+#include "prox_math.h"
+
+namespace tl1 {
+
+// One tensor's scalars as the Python layer knows them (batch.py). The names are those of
+// SCALAR_NAMES, which tells Python the order.
+struct Scalars {
+  double lr, weight_decay, momentum, dampening, beta1, beta2, eps;
+  double elementwise, group, a;  // the regularizer's terms (penalties.py)
+};
+constexpr const char* SCALAR_NAMES =
+    "lr weight_decay momentum dampening beta1 beta2 eps elementwise group a";
+
+// What selects between variants of a rule.
+struct Variant {
+  bool maximize, nesterov, decoupled;
+};
+
+// The rules' numbers, in float64; each rule takes those it knows.
+struct RuleNumbers {
+  double sign;         // of the gradient: -1 to maximize
+  double decay;        // weight decay that goes into the gradient
+  double keep;         // factor of the weight before the update (decoupled decay)
+  double lr;           // step size; for Adam, over the first moment's bias correction
+  double momentum;
+  double gain;         // of the gradient in the momentum buffer: 1 - dampening
+  double nesterov;     // 0 or 1
+  double rate1, beta2, rate2;  // 1 - beta1, beta2, 1 - beta2
+  double inverse_root;         // 1 / sqrt(the second moment's bias correction)
+  double eps;
+};
+
+inline namespace TL1_ISA {
+
+// `step` counts from 1.
+inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, bool adam, double step) {
+  const bool decoupled = adam && variant.decoupled;
+  RuleNumbers n{};
+  n.sign = variant.maximize ? -1 : 1;
+  n.decay = decoupled ? 0 : s.weight_decay;
+  n.keep = decoupled ? 1 - s.lr * s.weight_decay : 1;
+  n.lr = adam ? s.lr / (1 - pow(s.beta1, step)) : s.lr;
+  n.momentum = s.momentum;
+  n.gain = 1 - s.dampening;
+  n.nesterov = variant.nesterov;
+  n.rate1 = 1 - s.beta1;
+  n.beta2 = s.beta2;
+  n.rate2 = 1 - s.beta2;
+  n.inverse_root = adam ? 1 / sqrt(1 - pow(s.beta2, step)) : 1;
+  n.eps = s.eps;
+  return n;
+}
+
+// v = source: the prox alone.
+template <class A>
+struct Assign {
+  static constexpr int STATES = 0;
+  explicit TL1_INLINE Assign(const RuleNumbers&) {}
+  TL1_INLINE A operator()(A, A g, A*) const { return g; }
+};
+
+template <class A>
+struct Sgd {
+  static constexpr int STATES = 0;
+  A sign, decay, lr;
+  explicit TL1_INLINE Sgd(const RuleNumbers& n)
+      : sign(A(n.sign)), decay(A(n.decay)), lr(A(n.lr)) {}
+  TL1_INLINE A operator()(A p, A g, A*) const {
+    g = sign * g;
+    g = decay != 0 ? mul_add(decay, p, g) : g;
+    return mul_add(-lr, g, p);
+  }
+};
+
+// state: momentum_buffer
+template <class A>
+struct SgdMomentum {
+  static constexpr int STATES = 1;
+  A sign, decay, lr, momentum, gain, nesterov;
+  explicit TL1_INLINE SgdMomentum(const RuleNumbers& n)
+      : sign(A(n.sign)), decay(A(n.decay)), lr(A(n.lr)), momentum(A(n.momentum)),
+        gain(A(n.gain)), nesterov(A(n.nesterov)) {}
+  TL1_INLINE A operator()(A p, A g, A* state) const {
+    g = sign * g;
+    g = decay != 0 ? mul_add(decay, p, g) : g;
+    const A buffer = mul_add(momentum, state[0], gain * g);
+    state[0] = buffer;
+    return mul_add(-lr, nesterov != 0 ? mul_add(momentum, buffer, g) : buffer, p);
+  }
+};
+
+// Adam, AdamW, and with Amsgrad their variant. state: exp_avg, exp_avg_sq, max_exp_avg_sq
+template <class A, bool Amsgrad>
+struct AdamRule {
+  static constexpr int STATES = Amsgrad ? 3 : 2;
+  A sign, decay, keep, lr, rate1, beta2, rate2, inverse_root, eps;
+  explicit TL1_INLINE AdamRule(const RuleNumbers& n)
+      : sign(A(n.sign)), decay(A(n.decay)), keep(A(n.keep)), lr(A(n.lr)), rate1(A(n.rate1)),
+        beta2(A(n.beta2)), rate2(A(n.rate2)), inverse_root(A(n.inverse_root)), eps(A(n.eps)) {}
+  TL1_INLINE A operator()(A p, A g, A* state) const {
+    g = sign * g;
+    g = decay != 0 ? mul_add(decay, p, g) : g;
+    const A mean = mul_add(rate1, g - state[0], state[0]);
+    A square = mul_add(beta2, state[1], rate2 * g * g);
+    state[0] = mean;
+    state[1] = square;
+    if constexpr (Amsgrad) {
+      // As torch.maximum: a NaN on either side wins.
+      square = state[2] > square || state[2] != state[2] ? state[2] : square;
+      state[2] = square;
+    }
+    return mul_add(-lr, mean / mul_add(root(square), inverse_root, eps), keep * p);
+  }
+};
+template <class A>
+using Adam = AdamRule<A, false>;
+template <class A>
+using AdamAmsgrad = AdamRule<A, true>;
+
+// name in the op's schema, struct
+#define TL1_RULES(row)              \
+  row("assign", Assign)             \
+  row("sgd", Sgd)                   \
+  row("sgd_momentum", SgdMomentum)  \
+  row("adam", Adam)                 \
+  row("adam_amsgrad", AdamAmsgrad)
+
+}  // namespace TL1_ISA
+}  // namespace tl1
