@@ -39,14 +39,13 @@ void update(const RuleNumbers& numbers, const P* p, const P* g, const States& st
   A* out1 = static_cast<A*>(states.out[1]);
   A* out2 = static_cast<A*>(states.out[2]);
   SIMD for (int64_t i = 0; i < n; i++) {
-    A state[MAX_STATES] = {};
-    if constexpr (R::STATES > 0) state[0] = in0[i];
-    if constexpr (R::STATES > 1) state[1] = in1[i];
-    if constexpr (R::STATES > 2) state[2] = in2[i];
-    t[i] = rule(load(p[i]), load(g[i]), state);
-    if constexpr (R::STATES > 0) out0[i] = state[0];
-    if constexpr (R::STATES > 1) out1[i] = state[1];
-    if constexpr (R::STATES > 2) out2[i] = state[2];
+    A s0 = R::STATES > 0 ? in0[i] : A(0);
+    A s1 = R::STATES > 1 ? in1[i] : A(0);
+    A s2 = R::STATES > 2 ? in2[i] : A(0);
+    t[i] = rule(load(p[i]), load(g[i]), s0, s1, s2);
+    if constexpr (R::STATES > 0) out0[i] = s0;
+    if constexpr (R::STATES > 1) out1[i] = s1;
+    if constexpr (R::STATES > 2) out2[i] = s2;
   }
 }
 
@@ -68,9 +67,8 @@ void threshold(const Coefficients& coefficients, A* t, int64_t n) {
       }
       SIMD for (int64_t i = 0; i < CHUNK; i++) {
         const A size = magnitude_of(v[i]);
-        const A w = magnitude(size);
-        const A with_sign = v[i] < 0 ? -w : w;
-        v[i] = size <= cut ? A(0) : with_sign;
+        const A w = with_sign_of(magnitude(size), v[i]);
+        v[i] = size <= cut ? A(0) : w;
       }
     }
   });
@@ -84,25 +82,63 @@ constexpr Update<P> UPDATES[] = {TL1_RULES(TL1_UPDATE)};
 template <class A>
 constexpr Threshold<A> THRESHOLDS[] = {TL1_PENALTIES(TL1_THRESHOLD)};
 
+// Squares are summed in float64. Conversions cost more than the sums, so with `unit` 1, where no
+// square that matters can over- or underflow float32, QUADS of them are first added in float32.
+constexpr int64_t LANES = 32;  // enough independent sums to hide an addition's latency
+constexpr int64_t QUADS = 4;
+static_assert(BLOCK % (LANES * QUADS) == 0);
+
 template <class A>
-double squares(const A* t, int64_t n, double unit) {
-  constexpr int64_t LANES = 32;  // enough independent sums to hide an addition's latency
-  double lanes[LANES] = {};
+double square_of(A x, double unit) {
+  const double scaled = unit * static_cast<double>(x);
+  return scaled * scaled;
+}
+
+template <class A>
+void add_squares_to(double* lanes, const A* t, int64_t n, double unit) {
   int64_t at = 0;
-  for (; at + LANES <= n; at += LANES) {
-    SIMD for (int64_t i = 0; i < LANES; i++) {
-      const double x = unit * static_cast<double>(t[at + i]);
-      lanes[i] = mul_add(x, x, lanes[i]);
+  if (sizeof(A) == sizeof(float) && unit == 1) {
+    for (; at + LANES * QUADS <= n; at += LANES * QUADS) {
+      SIMD for (int64_t i = 0; i < LANES; i++) {
+        A sum = t[at + i] * t[at + i];
+        for (int64_t k = 1; k < QUADS; k++) {
+          const A x = t[at + i + k * LANES];
+          sum = mul_add(x, x, sum);
+        }
+        lanes[i] += static_cast<double>(sum);
+      }
     }
   }
-  for (int64_t i = 0; at + i < n; i++) {
-    const double x = unit * static_cast<double>(t[at + i]);
-    lanes[i] = mul_add(x, x, lanes[i]);
+  for (; at + LANES <= n; at += LANES) {
+    SIMD for (int64_t i = 0; i < LANES; i++) lanes[i] += square_of(t[at + i], unit);
   }
+  for (int64_t i = 0; at + i < n; i++) lanes[i] += square_of(t[at + i], unit);
+}
+
+// The same by columns, of `rows` rows that lie BLOCK apart.
+template <class A>
+void add_squares_by_column(double* columns, const A* t, int64_t rows, int64_t n, double unit) {
+  if (sizeof(A) == sizeof(float) && unit == 1 && rows == QUADS) {
+    SIMD for (int64_t i = 0; i < n; i++) {
+      A sum = t[i] * t[i];
+      for (int64_t k = 1; k < QUADS; k++) sum = mul_add(t[i + k * BLOCK], t[i + k * BLOCK], sum);
+      columns[i] += static_cast<double>(sum);
+    }
+    return;
+  }
+  for (int64_t k = 0; k < rows; k++) {
+    SIMD for (int64_t i = 0; i < n; i++) columns[i] += square_of(t[i + k * BLOCK], unit);
+  }
+}
+
+// Returns the sum of the lanes, and leaves them 0.
+double take_sum(double* lanes) {
   for (int64_t half = LANES / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    SIMD for (int64_t i = 0; i < half; i++) lanes[i] += lanes[i + half];
   }
-  return lanes[0];
+  const double sum = lanes[0];
+  for (int64_t i = 0; i < LANES; i++) lanes[i] = 0;
+  return sum;
 }
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -112,6 +148,7 @@ class Runner {
   using A = Arithmetic<P>;
   // Where weights are stored as they are computed, the first sweep can leave its values in them.
   static constexpr bool IN_PLACE = sizeof(P) == sizeof(A);
+  static constexpr int64_t ROWS = QUADS;  // of a tile that are measured side by side
 
   const Step& step;
   const Tile& tile;
@@ -140,6 +177,22 @@ class Runner {
  private:
   int64_t address(int64_t row, int64_t col) const { return tile.base + row * width + col; }
 
+  // Memory works while the stages compute: the hardware's own prefetchers wait for the next access.
+  // Always inline: GCC drops a call of a function that only prefetches.
+  [[gnu::always_inline]] void prefetch(int64_t at, int64_t n) const {
+    lines<1>(param + at, n);
+    lines<0>(grad + at, n);
+    for (void* state : step.state) {
+      if (state) lines<1>(static_cast<A*>(state) + at, n);
+    }
+  }
+
+  template <int Write, class T>
+  [[gnu::always_inline]] static void lines(const T* first, int64_t n) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(first + i, Write);
+  }
+
   // Update and threshold the weights [at, at + n), n <= BLOCK: their values go to t.
   template <bool KeepState>
   void advance(int64_t at, int64_t n, A* t) const {
@@ -150,6 +203,7 @@ class Runner {
       states.in[i] = stored ? stored + at : nullptr;
       states.out[i] = KeepState ? states.in[i] : unused[KeepState ? 0 : i];
     }
+    prefetch(at + AHEAD, n);
     UPDATES<P>[step.rule](step.numbers, param + at, grad + at, states, t, n);
     if (step.penalty >= 0) THRESHOLDS<A>[step.penalty](step.coefficients, t, n);
   }
@@ -181,27 +235,24 @@ class Runner {
   }
 
   void clear_sums(double* sums) const {
-    if (short_runs) {
-      for (int64_t i = 0; i < columns; i++) work.columns()[i] = 0;
-    }
+    for (int64_t i = 0; i < (short_runs ? columns : LANES); i++) work.columns()[i] = 0;
     const int64_t first = origin / inner, last = (origin + columns - 1) / inner;
     for (int64_t g = first; g <= last; g++) sums[g - first] = 0;
   }
 
-  void add_squares(const A* t, int64_t col, int64_t n, double* sums) const {
-    const double unit = step.unit;
+  // Of `rows` rows, BLOCK apart in t, that begin in column `col`.
+  void add_squares(const A* t, int64_t rows, int64_t col, int64_t n, double* sums) const {
+    double* partial = work.columns();
     if (short_runs) {
-      double* sum = work.columns() + (col - origin);
-      SIMD for (int64_t i = 0; i < n; i++) {
-        const double x = unit * static_cast<double>(t[i]);
-        sum[i] = mul_add(x, x, sum[i]);
-      }
-      return;
+      return add_squares_by_column(partial + (col - origin), t, rows, n, step.unit);
     }
-    const int64_t first = origin / inner;
-    each_run(col, col + n, [=](int64_t group, int64_t from, int64_t to) {
-      sums[group - first] += squares(t + (from - col), to - from, unit);
-    });
+    const int64_t first = origin / inner, end = origin + columns;
+    for (int64_t row = 0; row < rows; row++, t += BLOCK) {
+      each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
+        add_squares_to(partial, t + (from - col), to - from, step.unit);
+        if (to == end || to == (group + 1) * inner) sums[group - first] += take_sum(partial);
+      });
+    }
   }
 
   // Short runs: from columns to groups. They are never cut, so the columns begin with a group.
@@ -240,25 +291,32 @@ class Runner {
   }
 
   void strip() const {
-    A* values = static_cast<A*>(work.values());
+    alignas(64) A block[BLOCK];
+    float* values = work.values();
     double* sums = work.sums();
     clear_sums(sums);
     for (int64_t row = tile.row0; row < tile.row1; row++) {
-      A* t = values + (row - tile.row0) * columns;
       for (int64_t i = 0; i < columns; i += BLOCK) {
-        advance<true>(address(row, origin + i), smaller(BLOCK, columns - i), t + i);
+        const int64_t at = address(row, origin + i), n = smaller(BLOCK, columns - i);
+        A* t = block;
+        if constexpr (!IN_PLACE) t = values + (row - tile.row0) * columns + i;
+        advance<true>(at, n, t);
+        add_squares(t, 1, origin + i, n, sums);
+        if (IN_PLACE) put(t, at, n);
       }
-    }
-    for (int64_t row = tile.row0; row < tile.row1; row++) {
-      add_squares(values + (row - tile.row0) * columns, origin, columns, sums);
     }
     fold_columns(sums);
     const int64_t groups = columns / inner;
     for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], step.group_threshold);
     const A* spread_out = short_runs ? spread(sums) : nullptr;
     for (int64_t row = tile.row0; row < tile.row1; row++) {
-      const A* t = values + (row - tile.row0) * columns;
       const int64_t at = address(row, origin);
+      const A* t;
+      if constexpr (IN_PLACE) {
+        t = param + at;
+      } else {
+        t = values + (row - tile.row0) * columns;
+      }
       if (short_runs) {
         put_scaled(t, spread_out, at, columns);
       } else {
@@ -270,17 +328,17 @@ class Runner {
   }
 
   void measure() const {
-    alignas(64) A t[BLOCK];
-    constexpr int64_t ROWS = 4;  // a piece of the column sums stays in L1 for so many rows
+    alignas(64) A t[ROWS * BLOCK];
     clear_sums(tile.sums);
     for (int64_t row = tile.row0; row < tile.row1; row += ROWS) {
+      const int64_t rows = smaller(ROWS, tile.row1 - row);
       for (int64_t col = tile.col0; col < tile.col1; col += BLOCK) {
         const int64_t n = smaller(BLOCK, tile.col1 - col);
-        for (int64_t r = row; r < smaller(row + ROWS, tile.row1); r++) {
-          advance<IN_PLACE>(address(r, col), n, t);
-          if (IN_PLACE) put(t, address(r, col), n);
-          add_squares(t, col, n, tile.sums);
+        for (int64_t k = 0; k < rows; k++) {
+          advance<IN_PLACE>(address(row + k, col), n, t + k * BLOCK);
+          if (IN_PLACE) put(t + k * BLOCK, address(row + k, col), n);
         }
+        add_squares(t, rows, col, n, tile.sums);
       }
     }
     fold_columns(tile.sums);

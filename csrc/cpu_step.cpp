@@ -69,7 +69,8 @@ constexpr const char* PENALTY_NAMES[] = {TL1_PENALTIES(TL1_NAME)};
 #define TL1_STATES(name, Rule) Rule<float>::STATES,
 constexpr int RULE_STATES[] = {TL1_RULES(TL1_STATES)};
 
-#define TL1_PREPARE(name, Penalty) Penalty<float>::prepare,
+#define TL1_PREPARE(name, Penalty) Penalty<A>::prepare,
+template <class A>
 constexpr void (*PREPARE[])(double, double, double, Coefficients&) = {TL1_PENALTIES(TL1_PREPARE)};
 
 template <size_t N>
@@ -204,11 +205,16 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     s.clean = c.elementwise > 0 || c.group > 0;
     s.numbers = rule_numbers(c, {maximize, nesterov, decoupled}, adam,
                              adam ? count(state[i * each + shaped]) : 1);
-    if (s.penalty >= 0) PREPARE[s.penalty](c.lr, c.elementwise, c.a, s.coefficients);
+    const bool wide = s.stored == Stored::float64;
+    if (s.penalty >= 0) {
+      const auto prepare = wide ? PREPARE<double>[s.penalty] : PREPARE<float>[s.penalty];
+      prepare(c.lr, c.elementwise, c.a, s.coefficients);
+    }
     const double threshold = c.lr * c.group;
-    // float32's squares fit into float64 as they are.
-    const bool scale = s.stored == Stored::float64 && threshold > 0;
-    s.unit = scale ? std::ldexp(1.0, -std::clamp(std::ilogb(threshold), -1000, 1000)) : 1;
+    const bool near_1 = threshold > 0x1p-40 && threshold < 0x1p40;
+    s.unit = near_1 || threshold <= 0
+                 ? 1
+                 : std::ldexp(1.0, -std::clamp(std::ilogb(threshold), -1000, 1000));
     s.group_threshold = c.group > 0 ? threshold * s.unit : -1;
   }
   run(steps);

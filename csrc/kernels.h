@@ -12,7 +12,8 @@ namespace tl1 {
 enum class Stored { float32, float64, bfloat16, float16 };
 
 constexpr int MAX_STATES = 3;
-constexpr int64_t BLOCK = 512;         // weights that go through the stages together, in L1
+constexpr int64_t BLOCK = 128;         // weights that go through the stages together, in L1
+constexpr int64_t AHEAD = 2 * BLOCK;   // how far ahead of them memory is fetched
 constexpr int64_t CHUNK = 64;          // weights that skip a threshold's root together
 constexpr int64_t SHORT_RUN = 64;      // runs of a group shorter than this are summed by column
 constexpr int64_t COLUMNS = 8192;      // columns summed side by side; a tile of short runs has no more
@@ -59,11 +60,11 @@ struct Tile {
 
 // One thread's memory, aligned to 64 bytes.
 struct Workspace {
-  static constexpr int64_t VALUES = (RESIDENT + BLOCK) * sizeof(double);
+  static constexpr int64_t VALUES = (RESIDENT + BLOCK) * sizeof(float);
   static constexpr int64_t EACH = COLUMNS * sizeof(double);
   static constexpr int64_t BYTES = VALUES + 3 * EACH;
   char* memory;
-  void* values() const { return memory; }
+  float* values() const { return reinterpret_cast<float*>(memory); }
   double* columns() const { return reinterpret_cast<double*>(memory + VALUES); }
   void* factors() const { return memory + VALUES + EACH; }
   double* sums() const { return reinterpret_cast<double*>(memory + VALUES + 2 * EACH); }

@@ -1,8 +1,8 @@
 // The proximal operators of single weights, for the CPU and CUDA: no trigonometry, safe in float32.
 //
 // A penalty is a struct with
-//   prepare(step, weight, a, c)   once per tensor, float64: fills the coefficients c
-//   Penalty(c)                    the same in the arithmetic type A, float or double
+//   prepare(step, weight, a, c)   once per tensor: fills the coefficients c, in float64
+//   Penalty(c)                    takes them, for every few weights, in the arithmetic type A
 //   cut                           |v| <= cut goes to 0; all other |v| go to
 //   magnitude(loop)               calls loop(f) where f(|v|) is the prox, >= 0
 // and a row of TL1_PENALTIES. NaN is never <= cut, and f must pass it on.
@@ -10,6 +10,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #ifdef __CUDACC__
 #define TL1_INLINE __host__ __device__ __forceinline__
@@ -47,34 +48,58 @@ TL1_INLINE double root(double x) { return sqrt(x); }
 TL1_INLINE float magnitude_of(float x) { return fabsf(x); }
 TL1_INLINE double magnitude_of(double x) { return fabs(x); }
 
-TL1_INLINE float towards_zero(float x) { return nextafterf(x, 0.0f); }
-TL1_INLINE double towards_zero(double x) { return nextafter(x, 0.0); }
+TL1_INLINE float with_sign_of(float size, float x) { return copysignf(size, x); }
+TL1_INLINE double with_sign_of(double size, double x) { return copysign(size, x); }
+inline float towards_zero(float x) { return nextafterf(x, 0.0f); }
+inline double towards_zero(double x) { return nextafter(x, 0.0); }
 
 // The largest A <= x >= 0, so that a v of type A compares with it as with x itself.
 template <class A>
-TL1_INLINE A round_down(double x) {
+A round_down(double x) {
   A nearest = static_cast<A>(x);
   return static_cast<double>(nearest) > x ? towards_zero(nearest) : nearest;
 }
 
-template <class A, int N>
+TL1_INLINE int32_t bits_of(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+TL1_INLINE float from_bits(int32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+// min(x, limit) for x >= 0, limit for NaN; and max(x, 0), where a NaN without a sign stays. Floats
+// without a sign are in the order of their bits, and integers have one instruction for these.
+TL1_INLINE float at_most(float x, float limit) {
+  return from_bits(bits_of(x) < bits_of(limit) ? bits_of(x) : bits_of(limit));
+}
+TL1_INLINE float at_least_0(float x) { return from_bits(bits_of(x) > 0 ? bits_of(x) : 0); }
+
+// c[I] + c[I + 1] x + ... by Horner's rule; a recursion, since a loop within a loop is not vectorised.
+template <int I = 0, class A, int N>
 TL1_INLINE A polynomial(const double (&c)[N], A x) {
-  A sum = static_cast<A>(c[N - 1]);
-  for (int i = N - 2; i >= 0; i--) sum = mul_add(sum, x, static_cast<A>(c[i]));
-  return sum;
+  if constexpr (I == N - 1) {
+    return static_cast<A>(c[I]);
+  } else {
+    return mul_add(polynomial<I + 1>(c, x), x, static_cast<A>(c[I]));
+  }
 }
 
 // l1: max(0, |v| - tau).
 template <class A>
 struct SoftThreshold {
   static void prepare(double step, double weight, double, Coefficients& c) {
-    c.cut = step * weight;
+    const double tau = step * weight;
+    c.cut = round_down<A>(tau);
+    c.x[0] = tau - c.cut;
   }
 
   A cut, rest;  // tau, in two parts
 
-  TL1_INLINE explicit SoftThreshold(const Coefficients& c)
-      : cut(round_down<A>(c.cut)), rest(static_cast<A>(c.cut - static_cast<double>(cut))) {}
+  TL1_INLINE explicit SoftThreshold(const Coefficients& c) : cut(A(c.cut)), rest(A(c.x[0])) {}
 
   template <class Loop>
   TL1_INLINE void magnitude(Loop loop) const {
@@ -87,17 +112,16 @@ struct SoftThreshold {
 // D = tau a (a + 1), the prox is |v| - D P / y^2, where P = 1 / r^2 and r in [2/3, 1] is the
 // largest root of r^3 - r^2 + (4/27) q = 0 for q = (27/4) D / y^3. The published form subtracts
 // terms of order a; this one loses nothing, and P is a polynomial:
-//   gentle: in q itself, where the threshold's q is at most 1/4 (tau below about a^2 / 24)
+//   gentle: in q itself, where the threshold's q is at most 1/8 (tau below about a^2 / 50)
 //   steep:  in 1 - sqrt(1 - q)
 // tl1_constants.py finds them again and says how good they are.
-constexpr double TL1_GENTLE_Q = 0.25;
-// P - 1 = q * polynomial(q), for q <= 1/4: relative error 1.1e-08
+constexpr double TL1_GENTLE_Q = 0.125;
+// P - 1 = q * polynomial(q), for q <= 1/8: relative error 4.7e-09
 constexpr double TL1_GENTLE[] = {
-    2.9629831495219761e-1,
-    1.5352412751066328e-1,
-    9.9503894186629669e-2,
-    5.4188328031523674e-2,
-    9.887266104784794e-2,
+    2.9629513372710399e-1,
+    1.5372386364526834e-1,
+    9.546204620656462e-2,
+    8.7659739938447941e-2,
 };
 // P - 1 = x * polynomial(x), x = 1 - u, for q <= 1: relative error 1.1e-08
 constexpr double TL1_STEEP[] = {
@@ -130,26 +154,24 @@ struct TransformedL1 {
     const double d = tau / a * (1 + 1 / a);  // D in units of a: the threshold is where y = 1 + d
     const bool continuous = d <= 0.5;
     c.cut = continuous ? tau * (1 + 1 / a) : sqrt(2 * tau) * sqrt(a + 1) - a / 2;
-    c.x[0] = continuous && 6.75 * d <= TL1_GENTLE_Q * (1 + d) * (1 + d) * (1 + d);
-    c.x[1] = a;
-    c.x[2] = tau;
-  }
-
-  A cut, a, a_low, d, k;
-  double exact_a, exact_d;
-  bool gentle;
-
-  TL1_INLINE explicit TransformedL1(const Coefficients& c) : cut(round_down<A>(c.cut)) {
+    c.cut = round_down<A>(c.cut);
     // Beyond these a, y^2 or D would leave the type's range; TL1 is l0 or l1 there to all digits.
     constexpr double LARGEST = sizeof(A) == 4 ? 1e15 : 1e100;
-    exact_a = fmin(fmax(c.x[1], 1 / LARGEST), LARGEST);
-    exact_d = fmin(c.x[2] * exact_a * (exact_a + 1), sizeof(A) == 4 ? 1e37 : 1e300);
-    a = static_cast<A>(exact_a);
-    a_low = static_cast<A>(exact_a - static_cast<double>(a));
-    d = static_cast<A>(exact_d);
-    k = static_cast<A>(6.75 * exact_d);
-    gentle = c.x[0] != 0;
+    c.x[0] = fmin(fmax(a, 1 / LARGEST), LARGEST);
+    c.x[1] = fmin(tau * c.x[0] * (c.x[0] + 1), sizeof(A) == 4 ? 1e37 : 1e300);
+    c.x[2] = continuous && 6.75 * d <= TL1_GENTLE_Q * (1 + d) * (1 + d) * (1 + d);
+    // What rounding takes from a: here exact where it matters, at the threshold, y = a (1 + d).
+    const double a_low = c.x[0] - static_cast<double>(static_cast<A>(c.x[0]));
+    if (c.x[2] != 0 && sizeof(A) == 4) c.x[1] *= 1 - 2 * a_low / (c.x[0] * (1 + d));
   }
+
+  double exact_a, exact_d;
+  A cut, a, a_low, d, k;
+  bool gentle;
+
+  TL1_INLINE explicit TransformedL1(const Coefficients& c)
+      : exact_a(c.x[0]), exact_d(c.x[1]), cut(A(c.cut)), a(A(exact_a)),
+        a_low(A(exact_a - double(a))), d(A(exact_d)), k(A(6.75 * exact_d)), gentle(c.x[2] != 0) {}
 
   template <class Loop>
   TL1_INLINE void magnitude(Loop loop) const {
@@ -163,31 +185,27 @@ struct TransformedL1 {
     }
   }
 
-  // At most 3 ulp of |v| (scaled by 1 / sqrt(1 - q) next to the double root). Two of its terms
-  // carry what rounding took: `low` from y, `rest` from the quotient D P / y^2.
+  // In units of Y = -2 y, which save a multiplication. `c` carries what rounding took from y: with
+  // it 1 / y^2 becomes (1 + c) / y^2, and q becomes q (1 + 3/2 c).
   template <bool Gentle>
-  TL1_INLINE A by_polynomial(A size) const {
-    const A y = a + size;
-    const A low = ((a - y) + size) + a_low;
-    const A square = y * y;
-    const A inverse = 1 / square;
-    const A y_inverse = inverse * y;
-    const A q = (k * inverse) * y_inverse;
-    A excess;  // P - 1
+  TL1_INLINE float by_polynomial(float size) const {
+    const float within = at_most(size, 1e18f);  // y^2 must not overflow; w is |v| there anyway
+    const float y = mul_add(-2.0f, within, -2 * a);
+    float lost = mul_add(4.0f, within, mul_add(2.0f, y, 4 * a));
+    if constexpr (!Gentle) lost += 4 * a_low;
+    const float inverse = 1 / (y * y);
+    const float y_inverse = inverse * y;
+    const float c = lost * y_inverse;
+    const float q = (-8 * k * inverse) * y_inverse;
+    float excess;  // (1 + c) P - 1
     if constexpr (Gentle) {
-      excess = q * polynomial(TL1_GENTLE, q);
+      excess = mul_add(q, polynomial(TL1_GENTLE, q), c);  // c P = c to all digits
     } else {
-      const A left = mul_add(3 * q * y_inverse, low, 1 - q);
-      const A x = 1 - root(left > 0 ? left : A(0));
-      excess = x * polynomial(TL1_STEEP, x);
+      const float u = root(magnitude_of(mul_add(-1.5f * q, c, 1 - q)));  // < 0 by rounding alone
+      const float p = (1 - u) * polynomial(TL1_STEEP, 1 - u);
+      excess = mul_add(c, 1 + p, p);
     }
-    const A numerator = mul_add(d, excess, d);
-    const A quotient = numerator * inverse;
-    A rest = mul_add(-quotient, square, numerator);
-    rest = mul_add(-2 * quotient * y, low, rest);
-    const A w = size - mul_add(rest, inverse, quotient);
-    // So far out that y^2 may overflow, the prox is |v| to all digits. NaN goes that way too.
-    return size < A(1e18) ? (w > 0 ? w : A(0)) : size;
+    return at_least_0(mul_add(-mul_add(4 * d, excess, 4 * d), inverse, size));
   }
 
   // For float64, and for float32 without FMA. z = cos(acos(u) / 3) gives r = (4 z^2 - 1) / 3; its
@@ -196,7 +214,7 @@ struct TransformedL1 {
     const double inverse = 1 / (exact_a + size);
     const double quotient = exact_d * inverse * inverse;
     const double left = 1 - 6.75 * (quotient * inverse);
-    const double u = root(left > 0 ? left : 0.0);
+    const double u = root(magnitude_of(left));  // below 0 by rounding alone
     double z = 1 + (1 - u) * polynomial(TL1_Z, 1 - u);
     const double square = 4 * z * z;
     z -= (z * (square - 3) - u) / (3 * square - 3);

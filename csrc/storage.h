@@ -17,18 +17,6 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-}
-
 inline float load(float x) { return x; }
 inline double load(double x) { return x; }
 inline float load(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }

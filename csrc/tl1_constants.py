@@ -63,7 +63,7 @@ def minimax(f: Callable[[mp.mpf], mp.mpf], high: float, degree: int) -> tuple[li
 
 
 FITS = {
-    "TL1_GENTLE": ("P - 1 = q * polynomial(q), for q <= 1/4", lambda q: p_of(mp.sqrt(1 - q)), 0.25, 5),
+    "TL1_GENTLE": ("P - 1 = q * polynomial(q), for q <= 1/8", lambda q: p_of(mp.sqrt(1 - q)), 0.125, 4),
     "TL1_STEEP": ("P - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: p_of(1 - x), 1.0, 10),
     "TL1_Z": ("z - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: z_of(1 - x), 1.0, 7),
 }

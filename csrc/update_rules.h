@@ -3,7 +3,7 @@
 // A rule is a struct with
 //   STATES                     how many state tensors it has (those shaped like the parameter)
 //   Rule(s)                    its numbers in the arithmetic type A, from `Scalars`, once per tensor
-//   operator()(p, g, state)    the updated weight; state[i] is updated in place
+//   operator()(p, g, s0, ...)  the updated weight; the state values are updated in place
 // A number that switches something off (no weight decay, plain momentum) selects and does not
 // multiply: 0 * inf would be NaN where torch.optim has none.
 
@@ -67,7 +67,7 @@ template <class A>
 struct Assign {
   static constexpr int STATES = 0;
   explicit TL1_INLINE Assign(const RuleNumbers&) {}
-  TL1_INLINE A operator()(A, A g, A*) const { return g; }
+  TL1_INLINE A operator()(A, A g, A&, A&, A&) const { return g; }
 };
 
 template <class A>
@@ -76,7 +76,7 @@ struct Sgd {
   A sign, decay, lr;
   explicit TL1_INLINE Sgd(const RuleNumbers& n)
       : sign(A(n.sign)), decay(A(n.decay)), lr(A(n.lr)) {}
-  TL1_INLINE A operator()(A p, A g, A*) const {
+  TL1_INLINE A operator()(A p, A g, A&, A&, A&) const {
     g = sign * g;
     g = decay != 0 ? mul_add(decay, p, g) : g;
     return mul_add(-lr, g, p);
@@ -91,11 +91,10 @@ struct SgdMomentum {
   explicit TL1_INLINE SgdMomentum(const RuleNumbers& n)
       : sign(A(n.sign)), decay(A(n.decay)), lr(A(n.lr)), momentum(A(n.momentum)),
         gain(A(n.gain)), nesterov(A(n.nesterov)) {}
-  TL1_INLINE A operator()(A p, A g, A* state) const {
+  TL1_INLINE A operator()(A p, A g, A& buffer, A&, A&) const {
     g = sign * g;
     g = decay != 0 ? mul_add(decay, p, g) : g;
-    const A buffer = mul_add(momentum, state[0], gain * g);
-    state[0] = buffer;
+    buffer = mul_add(momentum, buffer, gain * g);
     return mul_add(-lr, nesterov != 0 ? mul_add(momentum, buffer, g) : buffer, p);
   }
 };
@@ -108,19 +107,15 @@ struct AdamRule {
   explicit TL1_INLINE AdamRule(const RuleNumbers& n)
       : sign(A(n.sign)), decay(A(n.decay)), keep(A(n.keep)), lr(A(n.lr)), rate1(A(n.rate1)),
         beta2(A(n.beta2)), rate2(A(n.rate2)), inverse_root(A(n.inverse_root)), eps(A(n.eps)) {}
-  TL1_INLINE A operator()(A p, A g, A* state) const {
+  TL1_INLINE A operator()(A p, A g, A& mean, A& square, A& largest) const {
     g = sign * g;
     g = decay != 0 ? mul_add(decay, p, g) : g;
-    const A mean = mul_add(rate1, g - state[0], state[0]);
-    A square = mul_add(beta2, state[1], rate2 * g * g);
-    state[0] = mean;
-    state[1] = square;
-    if constexpr (Amsgrad) {
-      // As torch.maximum: a NaN on either side wins.
-      square = state[2] > square || state[2] != state[2] ? state[2] : square;
-      state[2] = square;
-    }
-    return mul_add(-lr, mean / mul_add(root(square), inverse_root, eps), keep * p);
+    mean = mul_add(rate1, g - mean, mean);
+    square = mul_add(beta2, square, rate2 * g * g);
+    // As torch.maximum: a NaN on either side wins.
+    if constexpr (Amsgrad) largest = largest > square || largest != largest ? largest : square;
+    const A second = Amsgrad ? largest : square;
+    return mul_add(-lr, mean / mul_add(root(second), inverse_root, eps), keep * p);
   }
 };
 template <class A>
