@@ -54,7 +54,8 @@ template <template <class> class Penalty, class A>
 void threshold(const Coefficients& coefficients, A* t, int64_t n) {
   const Penalty<A> penalty(coefficients);
   const A cut = penalty.cut;
-  penalty.magnitude([=](auto magnitude) {
+  // Inline, or `cut` is read through a closure that may alias v, and the loop stays scalar.
+  penalty.magnitude([=](auto magnitude) __attribute__((always_inline)) {
     for (int64_t at = 0; at < n; at += CHUNK) {
       A* v = t + at;
       int alive = 0;
@@ -67,8 +68,8 @@ void threshold(const Coefficients& coefficients, A* t, int64_t n) {
       }
       SIMD for (int64_t i = 0; i < CHUNK; i++) {
         const A size = magnitude_of(v[i]);
-        const A w = with_sign_of(magnitude(size), v[i]);
-        v[i] = size <= cut ? A(0) : w;
+        const A w = magnitude(size);
+        v[i] = with_sign_of(size <= cut ? A(0) : w, v[i]);  // `store` makes -0 +0
       }
     }
   });
@@ -115,22 +116,6 @@ void add_squares_to(double* lanes, const A* t, int64_t n, double unit) {
   for (int64_t i = 0; at + i < n; i++) lanes[i] += square_of(t[at + i], unit);
 }
 
-// The same by columns, of `rows` rows that lie BLOCK apart.
-template <class A>
-void add_squares_by_column(double* columns, const A* t, int64_t rows, int64_t n, double unit) {
-  if (sizeof(A) == sizeof(float) && unit == 1 && rows == QUADS) {
-    SIMD for (int64_t i = 0; i < n; i++) {
-      A sum = t[i] * t[i];
-      for (int64_t k = 1; k < QUADS; k++) sum = mul_add(t[i + k * BLOCK], t[i + k * BLOCK], sum);
-      columns[i] += static_cast<double>(sum);
-    }
-    return;
-  }
-  for (int64_t k = 0; k < rows; k++) {
-    SIMD for (int64_t i = 0; i < n; i++) columns[i] += square_of(t[i + k * BLOCK], unit);
-  }
-}
-
 // Returns the sum of the lanes, and leaves them 0.
 double take_sum(double* lanes) {
   for (int64_t half = LANES / 2; half > 0; half /= 2) {
@@ -148,7 +133,6 @@ class Runner {
   using A = Arithmetic<P>;
   // Where weights are stored as they are computed, the first sweep can leave its values in them.
   static constexpr bool IN_PLACE = sizeof(P) == sizeof(A);
-  static constexpr int64_t ROWS = QUADS;  // of a tile that are measured side by side
 
   const Step& step;
   const Tile& tile;
@@ -240,19 +224,19 @@ class Runner {
     for (int64_t g = first; g <= last; g++) sums[g - first] = 0;
   }
 
-  // Of `rows` rows, BLOCK apart in t, that begin in column `col`.
-  void add_squares(const A* t, int64_t rows, int64_t col, int64_t n, double* sums) const {
+  void add_squares(const A* t, int64_t col, int64_t n, double* sums) const {
+    const double unit = step.unit;
     double* partial = work.columns();
     if (short_runs) {
-      return add_squares_by_column(partial + (col - origin), t, rows, n, step.unit);
+      double* column = partial + (col - origin);
+      SIMD for (int64_t i = 0; i < n; i++) column[i] += square_of(t[i], unit);
+      return;
     }
     const int64_t first = origin / inner, end = origin + columns;
-    for (int64_t row = 0; row < rows; row++, t += BLOCK) {
-      each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
-        add_squares_to(partial, t + (from - col), to - from, step.unit);
-        if (to == end || to == (group + 1) * inner) sums[group - first] += take_sum(partial);
-      });
-    }
+    each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
+      add_squares_to(partial, t + (from - col), to - from, unit);
+      if (to == end || to == (group + 1) * inner) sums[group - first] += take_sum(partial);
+    });
   }
 
   // Short runs: from columns to groups. They are never cut, so the columns begin with a group.
@@ -301,7 +285,7 @@ class Runner {
         A* t = block;
         if constexpr (!IN_PLACE) t = values + (row - tile.row0) * columns + i;
         advance<true>(at, n, t);
-        add_squares(t, 1, origin + i, n, sums);
+        add_squares(t, origin + i, n, sums);
         if (IN_PLACE) put(t, at, n);
       }
     }
@@ -328,17 +312,14 @@ class Runner {
   }
 
   void measure() const {
-    alignas(64) A t[ROWS * BLOCK];
+    alignas(64) A t[BLOCK];
     clear_sums(tile.sums);
-    for (int64_t row = tile.row0; row < tile.row1; row += ROWS) {
-      const int64_t rows = smaller(ROWS, tile.row1 - row);
+    for (int64_t row = tile.row0; row < tile.row1; row++) {
       for (int64_t col = tile.col0; col < tile.col1; col += BLOCK) {
-        const int64_t n = smaller(BLOCK, tile.col1 - col);
-        for (int64_t k = 0; k < rows; k++) {
-          advance<IN_PLACE>(address(row + k, col), n, t + k * BLOCK);
-          if (IN_PLACE) put(t + k * BLOCK, address(row + k, col), n);
-        }
-        add_squares(t, rows, col, n, tile.sums);
+        const int64_t at = address(row, col), n = smaller(BLOCK, tile.col1 - col);
+        advance<IN_PLACE>(at, n, t);
+        if (IN_PLACE) put(t, at, n);
+        add_squares(t, col, n, tile.sums);
       }
     }
     fold_columns(tile.sums);
@@ -348,25 +329,25 @@ class Runner {
   void finish() const {
     const A* spread_out = short_runs ? spread(tile.factors + origin / inner) : nullptr;
     for (int64_t row = tile.row1 - 1; row >= tile.row0; row--) {
-      for (int64_t col = tile.col0; col < tile.col1; col += BLOCK) {
-        finish_block(address(row, col), col, smaller(BLOCK, tile.col1 - col), spread_out);
+      if constexpr (IN_PLACE) {
+        finish_stretch(param + address(row, origin), row, origin, columns, spread_out);
+      } else {
+        alignas(64) A t[BLOCK];
+        for (int64_t col = origin; col < tile.col1; col += BLOCK) {
+          const int64_t n = smaller(BLOCK, tile.col1 - col);
+          advance<true>(address(row, col), n, t);
+          finish_stretch(t, row, col, n, spread_out);
+        }
       }
     }
   }
 
-  void finish_block(int64_t at, int64_t col, int64_t n, const A* spread_out) const {
-    alignas(64) A values[IN_PLACE ? 1 : BLOCK];
-    const A* t = values;
-    if constexpr (IN_PLACE) {
-      t = param + at;
-    } else {
-      advance<true>(at, n, values);
-    }
-    if (short_runs) return put_scaled(t, spread_out + (col - origin), at, n);
+  void finish_stretch(const A* t, int64_t row, int64_t col, int64_t n, const A* spread_out) const {
+    if (short_runs) return put_scaled(t, spread_out + (col - origin), address(row, col), n);
     each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
       const double factor = tile.factors[group];
       if (IN_PLACE && factor == 1) return;
-      put_scaled(t + (from - col), static_cast<A>(factor), at + (from - col), to - from);
+      put_scaled(t + (from - col), static_cast<A>(factor), address(row, from), to - from);
     });
   }
 };
