@@ -136,9 +136,8 @@ void for_each(size_t n, bool parallel, const F& f) {
   });
 }
 
-void run(const std::vector<Step>& steps) {
+void run(const std::vector<Step>& steps, RunTile run_tile) {
   constexpr int64_t WORTH_THREADS = 1 << 15;  // weights; less is done before the others wake up
-  const RunTile run_tile = chosen_build().run;
   Schedule plan = schedule::of(steps);
   int64_t weights = 0;
   for (const Step& s : steps) weights += s.blocks * s.outer * s.width();
@@ -195,8 +194,8 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     }
     s.blocks = v[0], s.outer = v[1], s.groups = v[2], s.inner = v[3];
   }
+  const RunTile run_tile = chosen_build().run;
   // Nothing above has changed anything. From here on nothing is refused.
-  chosen_build();
   for (size_t i = 0; i < n; i++) {
     Step& s = steps[i];
     const Scalars& c = scalar[i];
@@ -215,14 +214,27 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     s.unit = near_1 || threshold <= 0
                  ? 1
                  : std::ldexp(1.0, -std::clamp(std::ilogb(threshold), -1000, 1000));
-    s.group_threshold = c.group > 0 ? threshold * s.unit : -1;
+    s.group_threshold = threshold > 0 ? threshold * s.unit : -1;
   }
-  run(steps);
+  run(steps, run_tile);
 }
 
 std::string joined(const char* const* names, size_t n) {
   std::string all;
   for (size_t i = 0; i < n; i++) all += std::string(i ? " " : "") + names[i];
+  return all;
+}
+
+// The tiles of one tensor with groups: for each its phase, base, row0, row1, col0, col1, strip.
+std::vector<int64_t> cpu_tiles(int64_t blocks, int64_t outer, int64_t groups, int64_t inner) {
+  Step step{};
+  step.blocks = blocks, step.outer = outer, step.groups = groups, step.inner = inner;
+  step.group_threshold = 1;
+  std::vector<int64_t> all;
+  for (const Tile& t : schedule::of({step}).first) {
+    all.insert(all.end(), {static_cast<int64_t>(t.phase), t.base, t.row0, t.row1, t.col0, t.col1,
+                           t.strip});
+  }
   return all;
 }
 
@@ -247,6 +259,7 @@ STABLE_TORCH_LIBRARY_IMPL(tl1kernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(tl1kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_build", TORCH_BOX(&tl1::cpu_build));
   m.impl("cpu_builds", TORCH_BOX(&tl1::cpu_builds));
+  m.impl("cpu_tiles", TORCH_BOX(&tl1::cpu_tiles));
   m.impl("scalar_names", TORCH_BOX(&tl1::scalar_names));
   m.impl("penalty_names", TORCH_BOX(&tl1::penalty_names));
 }

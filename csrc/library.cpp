@@ -31,6 +31,7 @@ STABLE_TORCH_LIBRARY(tl1kernels, m) {
   m.def("scalar_names() -> str");   // separated by spaces, in the order of the columns
   m.def("penalty_names() -> str");  // those that step_ knows
   m.def("cpu_builds() -> str");     // instruction sets that this processor can run, the best first
+  m.def("cpu_tiles(int blocks, int outer, int groups, int inner) -> int[]");  // for tests
   m.def("cpu_build() -> str");      // the one that runs: TL1KERNELS_CPU, or the best
 }
 

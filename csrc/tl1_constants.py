@@ -50,7 +50,9 @@ def minimax(f: Callable[[mp.mpf], mp.mpf], high: float, degree: int) -> tuple[li
             right[row] = 1 - 1 / values[i]
         solution = mp.lu_solve(system, right)
         c = [solution[k] for k in range(n - 1)]
-        error = np.array([float((1 + x * mp.polyval(c[::-1], x)) / y - 1) for x, y in zip(grid, values)])
+        error = np.array(
+            [float((1 + x * mp.polyval(c[::-1], x)) / y - 1) for x, y in zip(grid, values)]
+        )
         # One extremum for each stretch of one sign.
         edges = np.flatnonzero(np.diff(np.sign(error))) + 1
         stretches = np.split(np.arange(error.size), edges)
@@ -63,8 +65,18 @@ def minimax(f: Callable[[mp.mpf], mp.mpf], high: float, degree: int) -> tuple[li
 
 
 FITS = {
-    "TL1_GENTLE": ("P - 1 = q * polynomial(q), for q <= 1/8", lambda q: p_of(mp.sqrt(1 - q)), 0.125, 4),
-    "TL1_STEEP": ("P - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: p_of(1 - x), 1.0, 10),
+    "TL1_GENTLE": (
+        "P - 1 = q * polynomial(q), for q <= 1/8",
+        lambda q: p_of(mp.sqrt(1 - q)),
+        0.125,
+        4,
+    ),
+    "TL1_STEEP": (
+        "P - 1 = x * polynomial(x), x = 1 - u, for q <= 1",
+        lambda x: p_of(1 - x),
+        1.0,
+        10,
+    ),
     "TL1_Z": ("z - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: z_of(1 - x), 1.0, 7),
 }
 

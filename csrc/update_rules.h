@@ -94,7 +94,7 @@ struct SgdMomentum {
   TL1_INLINE A operator()(A p, A g, A& buffer, A&, A&) const {
     g = sign * g;
     g = decay != 0 ? mul_add(decay, p, g) : g;
-    buffer = mul_add(momentum, buffer, gain * g);
+    buffer = mul_add(gain, g, momentum * buffer);
     return mul_add(-lr, nesterov != 0 ? mul_add(momentum, buffer, g) : buffer, p);
   }
 };

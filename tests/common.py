@@ -24,6 +24,15 @@ VARIANTS = [
 variants = pytest.mark.parametrize(("ours", "torchs", "options"), VARIANTS)
 
 
+def assert_near(got, want, ulps, size=None):
+    """Assert that values agree to `ulps` units in the last place of `size` (default: of `want`)."""
+    form = torch.finfo(got.dtype)
+    size = want.double().abs() if size is None else size.double().abs()
+    unit = form.eps * 2.0 ** size.clamp(min=form.tiny).log2().floor()
+    error = ((got.double() - want.double()).abs() / unit).max().item()
+    assert error <= ulps, f"{error:.3g} ulp"
+
+
 def network(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)

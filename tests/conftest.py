@@ -4,10 +4,22 @@ import hypothesis
 import pytest
 import torch
 
+from tl1kernels import backends
+
 # Pick the examples from the test's own code, not from a clock: a red run can be repeated.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="module", params=backends.BACKENDS)
+def each_backend(request):
+    """Run a module's tests on every backend that this machine has."""
+    reason = backends.BACKENDS[request.param].unavailable()
+    if reason:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with backends.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

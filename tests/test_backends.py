@@ -22,6 +22,9 @@ def work(dtype=torch.float32, rule=SGD(), penalty="tl1", lam=0.1):  # noqa: B008
     return rule, penalty, Entry(p, p, view_of(p, None), scalars, Terms(lam, 0.0, 1.0))
 
 
+needs_cpu = pytest.mark.skipif(native.unavailable() is not None, reason="no native library")
+
+
 def chosen(*items, backend=None):
     """Return the backends that would run this."""
     return [name for name, _ in plan.prepare(items, backend)]
@@ -65,6 +68,7 @@ def test_the_reference_refuses_devices_without_float64():
 
 
 def test_a_device_that_no_backend_takes_is_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "PREFERENCE", {})
     monkeypatch.setattr(backends.reference, "rejects", lambda batch: "it has no float64")
     with pytest.raises(RuntimeError, match=r"no backend for cpu: .*'reference'.*no float64"):
         tk.prox(torch.ones(2), 0.1)
@@ -86,7 +90,7 @@ def test_argument_before_context_before_environment_before_preference(picky, mon
 
 
 def test_unknown_names():
-    message = r"backend must be None or one of 'reference', got 'abacus'"
+    message = r"backend must be None or one of 'cpu', 'reference', got 'abacus'"
     with pytest.raises(ValueError, match=message), tk.use_backend("abacus"):
         pass
 
@@ -114,12 +118,14 @@ def test_one_batch_for_each_device_dtype_rule_and_penalty():
 
 def test_info_says_what_runs_and_why_not():
     report = tk.info()
-    assert report.runs_on["cpu"] == "reference"
+    missing = native.unavailable()
+    assert report.runs_on["cpu"] == ("reference" if missing else "cpu")
+    assert report.backends["cpu"] == (missing or "available")
     assert report.backends["reference"] == "available"
     assert report.versions["torch"] == torch.__version__
     assert json.loads(json.dumps(report.as_dict()))
     assert "reference" in str(report)
-    assert report.native.startswith("loads" if native.unavailable() is None else "not built")
+    assert report.native.startswith("C++ 20" if missing is None else "not built")
 
 
 def test_info_tells_what_is_wrong_with_the_environment(monkeypatch):
@@ -135,6 +141,9 @@ def test_info_tells_what_is_wrong_with_the_environment(monkeypatch):
 @pytest.mark.parametrize("penalty", [None, *tk.PENALTIES])
 @pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_every_backend_takes_every_rule_and_penalty(backend, rule, penalty):
+    reason = backends.BACKENDS[backend].unavailable()
+    if reason:
+        pytest.skip(reason)
     assert chosen(work(rule=rule(), penalty=penalty), backend=backend) == [backend]
 
 
@@ -150,6 +159,25 @@ def test_a_missing_library_says_why_on_use_and_not_on_import(monkeypatch, tmp_pa
     native.load.cache_clear()
 
 
+def test_without_the_library_one_warning_says_why_and_the_reference_runs(monkeypatch, tmp_path):
+    native.load.cache_clear()
+    monkeypatch.setattr(tk, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning, match=r"'cpu' passed over: not built.*'reference' runs"):
+        assert chosen(work()) == ["reference"]
+    tk.prox(torch.ones(3), 0.1)  # and no second one: warnings are errors here
+    native.load.cache_clear()
+
+
+@needs_cpu
+def test_cpu_tensors_run_on_the_library_and_the_reference_is_reached_by_name(monkeypatch):
+    assert chosen(work()) == ["cpu"]
+    with tk.use_backend("reference"):
+        assert chosen(work()) == ["reference"]
+    monkeypatch.setenv("TL1KERNELS_BACKEND", "reference")
+    assert chosen(work()) == ["reference"]
+
+
 def test_info_from_the_command_line():
     done = subprocess.run(
         [sys.executable, "-m", "tl1kernels", "info", "--json"],
@@ -157,7 +185,7 @@ def test_info_from_the_command_line():
         capture_output=True,
         text=True,
     )
-    assert json.loads(done.stdout)["runs_on"]["cpu"] == "reference"
+    assert json.loads(done.stdout)["runs_on"] == tk.info().runs_on
 
 
 def test_nothing_optional_is_imported_with_the_package():

@@ -8,14 +8,17 @@ import torch
 from torch import nn
 
 import tl1kernels as tk
-from tests.common import PAIRS, network, same, step, variants
+from tests.common import PAIRS, assert_near, network, same, step, variants
 from tl1kernels import oracles
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 # --- lam = 0 is torch.optim.
 
 
 @variants
-def test_without_lam_float64_tracks_torch_to_the_last_bit(ours, torchs, options):
+def test_without_lam_float64_tracks_torch(ours, torchs, options, each_backend):
+    """100 steps: the reference to the last bit, in state too; kernels to 1e-12."""
     models = network(torch.float64), network(torch.float64)
     optimizers = [
         kind(model.parameters(), lr=0.01, **options)
@@ -24,24 +27,29 @@ def test_without_lam_float64_tracks_torch_to_the_last_bit(ours, torchs, options)
     for i in range(100):
         for model, optimizer in zip(models, optimizers, strict=True):
             step(model, optimizer, i)
-    for p, q in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(p, q)
+    tolerance = 0 if each_backend == "reference" else 1e-12
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         mine, theirs = optimizers[0].state[p], optimizers[1].state[q]
         assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+        for got, want in ((p, q), *((mine[k], theirs[k]) for k in mine)):
+            size = max(1.0, want.abs().max().item())
+            torch.testing.assert_close(got, want, rtol=0, atol=tolerance * size)
 
 
 @variants
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_without_lam_one_step_is_the_float64_step_rounded_once(ours, torchs, options, dtype):
+def test_without_lam_one_step_is_the_float64_step(ours, torchs, options, dtype, each_backend):
+    """The reference rounds once; kernels are within 3 ulp of float32, and round that once."""
     start = torch.randn(31, 7).to(dtype)
     gradient = torch.randn(31, 7).to(dtype)
     narrow, wide = start.clone().requires_grad_(), start.double().requires_grad_()
     narrow.grad, wide.grad = gradient.clone(), gradient.double()
     ours([narrow], lr=0.01, **options).step()
     torchs([wide], lr=0.01, **options).step()
-    assert torch.equal(narrow.detach(), wide.detach().to(dtype))
+    if each_backend == "reference":
+        assert torch.equal(narrow.detach(), wide.detach().to(dtype))
+    size = torch.maximum(wide.detach().abs(), start.double().abs())
+    assert_near(narrow.detach(), wide.detach(), 3 if dtype == torch.float32 else 0.51, size)
 
 
 @variants
@@ -156,7 +164,7 @@ def test_a_group_that_sets_lam_regularizes_what_it_holds():
 
 
 @pytest.mark.parametrize(("ours", "torchs"), PAIRS)
-def test_a_first_gradient_that_comes_late(ours, torchs):
+def test_a_first_gradient_that_comes_late(ours, torchs, each_backend):
     results = []
     for kind in (ours, torchs):
         early, late = (torch.ones(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -166,7 +174,8 @@ def test_a_first_gradient_that_comes_late(ours, torchs):
             late.grad = torch.ones(2, 2).double() if i > 1 else None
             optimizer.step()
         results.append((early, late))
-    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+    for p, q in zip(*results, strict=True):
+        assert_near(p.detach(), q.detach(), 0 if each_backend == "reference" else 4)
 
 
 def test_the_optimizers_can_be_subclassed():

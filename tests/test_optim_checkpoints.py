@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import tl1kernels as tk
-from tests.common import network, same, state_of, step, variants
+from tests.common import assert_near, network, same, state_of, step, variants
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 @variants
-def test_checkpoints_go_both_ways_and_resume_to_the_bit(ours, torchs, options):
+def test_checkpoints_go_both_ways(ours, torchs, options, each_backend):
     there = network(torch.float64)
     first = torchs(there.parameters(), lr=0.01, **options)
     for i in range(5):
@@ -34,8 +36,9 @@ def test_checkpoints_go_both_ways_and_resume_to_the_bit(ours, torchs, options):
         elif i > 7:
             step(back, third, i)
     for p, q, r in zip(*(m.parameters() for m in (there, here, back)), strict=True):
-        assert torch.equal(p, q)
-        assert torch.equal(p, r)
+        for other in (q, r):  # the reference resumes to the bit
+            size = p.detach().abs().max()
+            assert_near(other, p, 0 if each_backend == "reference" else 64, size)
 
 
 @variants

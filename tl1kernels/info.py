@@ -75,7 +75,7 @@ def info() -> Info:
         devices=devices,
         backends=backends,
         runs_on=runs_on,
-        native=problem or f"loads; {native.build_info()}; no kernels yet",
+        native=problem or native.build_info(),
         asked_for=asked,
     )
 

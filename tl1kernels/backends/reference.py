@@ -135,7 +135,7 @@ def thresholded(threshold: Callable[[Tensor, float, float, float], Tensor] | Non
         t = v
         if threshold is not None:
             t = threshold(v.abs(), step, terms.elementwise, terms.a).copysign(v)
-        return shrink_groups(t, step * terms.group) if terms.group > 0 else t
+        return shrink_groups(t, step * terms.group) if step * terms.group > 0 else t
 
     return prox
 
