@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,13 +93,19 @@ class Entry:
 
 @dataclass
 class Batch:
-    """Entries that share a device, a dtype, a rule and a penalty (None: groups alone, or none)."""
+    """Entries that share a device, a dtype, a rule and a penalty (None: groups alone, or none).
+
+    Attributes:
+        tables: whatever the backend derives from the entries, gradients apart, and wants to find
+            again if the next step has the same; emptied when a number changes.
+    """
 
     device: torch.device
     dtype: torch.dtype
     rule: Rule
     penalty: str | None
     entries: list[Entry]
+    tables: dict[str, Any] = field(default_factory=dict)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

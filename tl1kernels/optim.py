@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from tl1kernels import plan
 from tl1kernels.batch import SGD, Adam, Entry, Rule, state_dtype
 from tl1kernels.penalties import Regularizer, number
-from tl1kernels.views import GroupBy, GroupView, view_of
+from tl1kernels.views import GroupBy, GroupView, laid_out_like, view_of
 
 _DOC = """torch.optim.{base} with a proximal step: connections and neurons become exact zeros.
 
@@ -47,10 +47,28 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
     """
 
 
+class _PlannedGroup(NamedTuple):
+    """What a param group's part of a step was made for."""
+
+    rule: Rule
+    penalty: str | None
+    group_by: GroupBy
+    entries: list[Entry]
+
+
+class _Planned(NamedTuple):
+    """A step's batches, and the options and param groups that they were made for."""
+
+    batches: plan.Plan
+    options: list[tuple[Any, ...]]
+    groups: list[_PlannedGroup]
+
+
 class _Proximal(torch.optim.Optimizer):
     """What the optimizers share; it stands before torch's class in their bases."""
 
     _loading: tuple[dict[str, Any], list[dict[str, Any]]]
+    _planned: _Planned | None = None  # of the last step
 
     def __init__(
         self,
@@ -138,24 +156,74 @@ class _Proximal(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        params = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
+        options = [tuple(_plain(g[name]) for name in self.defaults) for g in self.param_groups]
+        planned = self._planned
+        self._planned = None  # until its step has gone well
         # Whatever can be refused is refused before any state or weight is touched.
+        if planned is None or not self._renew(planned, params, options):
+            planned = self._plan(params, options)
+        only_now = self._attach_state(planned)
+        planned.batches.execute()
+        self._planned = None if only_now else planned
+        return loss
+
+    def _plan(self, params: list[list[Tensor]], options: list[tuple[Any, ...]]) -> _Planned:
+        """Check everything and prepare the batches of a step."""
         work: list[tuple[Rule, str | None, Entry]] = []
-        for group in self.param_groups:
-            with_grad = [p for p in group["params"] if p.grad is not None]
+        groups = []
+        for group, with_grad in zip(self.param_groups, params, strict=True):
             regularized = _check_group(group, with_grad)
             rule, scalars = self._rule(group)
+            entries = []
             for param, (reg, view) in zip(with_grad, regularized, strict=True):
-                entry = Entry(param, param.grad, view, scalars, reg.terms(view))
-                work.append((rule, reg.penalty, entry))
-        prepared = plan.prepare(work)
-        for rule, _, entry in work:
-            if rule.state:
-                first = self._start(entry.param, rule)
+                assert param.grad is not None
+                entries.append(Entry(param, param.grad, view, scalars, reg.terms(view)))
+                work.append((rule, reg.penalty, entries[-1]))
+            groups.append(_PlannedGroup(rule, group["penalty"], group["group_by"], entries))
+        return _Planned(plan.Plan(work), options, groups)
+
+    def _renew(
+        self, planned: _Planned, params: list[list[Tensor]], options: list[tuple[Any, ...]]
+    ) -> bool:
+        """Fit the last step's batches to this one; return False if they cannot be."""
+        flat = [param for with_grad in params for param in with_grad]
+        if len(options) != len(planned.options) or not planned.batches.renew(flat):
+            return False
+        for group, there, old, new in zip(
+            self.param_groups, planned.groups, planned.options, options, strict=True
+        ):
+            if old == new:
+                continue
+            regularized = _check_group(group, [entry.param for entry in there.entries])
+            rule, scalars = self._rule(group)
+            if (rule, group["penalty"], group["group_by"]) != there[:3]:
+                return False
+            for entry, (reg, view) in zip(there.entries, regularized, strict=True):
+                if view != entry.view:  # min_ndim has changed
+                    return False
+                entry.scalars, entry.terms = scalars, reg.terms(view)
+            planned.batches.forget_tables()
+        planned.options[:] = options
+        return True
+
+    def _attach_state(self, planned: _Planned) -> bool:
+        """Give each entry its state; return whether scalars of it are for this step alone."""
+        only_now = False
+        for group in planned.groups:
+            names = (*group.rule.state, *group.rule.counters)
+            for entry in group.entries:
+                state = self.state[entry.param] if names else {}
+                if all(n in entry.state and state.get(n) is entry.state[n] for n in names):
+                    continue
+                first = self._start(entry.param, group.rule)
+                for name in group.rule.state:
+                    state[name] = laid_out_like(entry.param, state[name])
+                entry.state = {name: state[name] for name in names}
                 entry.scalars = {**entry.scalars, **first}
-                state = self.state[entry.param]
-                entry.state = {name: state[name] for name in (*rule.state, *rule.counters)}
-        plan.execute(prepared)
-        return loss
+                only_now = only_now or bool(first)
+                planned.batches.forget_tables()
+        return only_now
 
     def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
         """Return the update rule's variant and its scalars for one param group."""
@@ -250,6 +318,13 @@ def _check_group(
 
 
 _NONE = Regularizer(penalty=None)
+
+
+def _plain(option: Any) -> Any:
+    """Return an option as something that compares by value: a tensor may change in place."""
+    if isinstance(option, Tensor):
+        return option.item() if option.numel() == 1 else option
+    return tuple(map(_plain, option)) if isinstance(option, tuple) else option
 
 
 def _zeros_like(param: Tensor) -> Tensor:

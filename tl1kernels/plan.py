@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,53 @@ def execute(prepared: Iterable[tuple[str, Batch]]) -> None:
     """Run each batch on its backend, in place."""
     for name, batch in prepared:
         backends.BACKENDS[name].run(batch)
+
+
+class Plan:
+    """An optimizer's batches, kept from step to step while the same tensors take part.
+
+    Checking every option and building every batch anew costs more than a small network's step.
+    """
+
+    def __init__(self, work: Iterable[tuple[Rule, str | None, Entry]]) -> None:
+        """Prepare batches, as `prepare` does: nothing is changed, and it may raise."""
+        work = list(work)
+        self.entries = [entry for _, _, entry in work]
+        self._asked_for = backends.asked_for()
+        self._prepared = prepare(work)
+        self._layouts = [_layout(entry) for entry in self.entries]
+
+    def renew(self, params: Sequence[Tensor]) -> bool:
+        """Take the gradients of another step; return False if the batches do not fit it."""
+        if len(params) != len(self.entries) or self._asked_for != backends.asked_for():
+            return False
+        for param, entry, layout in zip(params, self.entries, self._layouts, strict=True):
+            assert param.grad is not None
+            if param is not entry.param:
+                return False
+            entry.grad = param.grad
+            if _layout(entry) != layout:
+                return False
+        return True
+
+    def forget_tables(self) -> None:
+        """Say that an entry's scalars, terms or state are new."""
+        for _, batch in self._prepared:
+            batch.tables.clear()
+
+    def execute(self) -> None:
+        """Take the step, and let go of the gradients."""
+        execute(self._prepared)
+        for entry in self.entries:
+            del entry.grad
+
+
+def _layout(entry: Entry) -> tuple[object, ...]:
+    """Return what a batch and its tables take for granted of an entry's tensors."""
+    param, grad = entry.param, entry.grad
+    if grad.layout != torch.strided:
+        return (grad.layout,)
+    return param.stride(), param.shape, param.dtype, param.device, grad.dtype, grad.device
 
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 from math import prod
 
+import torch
 from torch import Tensor
 
 GroupBy = str | int | None
@@ -118,6 +119,19 @@ def _view(shape: tuple[int, ...], stride: tuple[int, ...], group_by: GroupBy) ->
         )
     inner, groups, outer, blocks = sizes
     return GroupView(order, blocks, outer, groups, inner, grouped=True)
+
+
+def laid_out_like(param: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` with its elements where the dense `param` has them: itself, or else a copy."""
+    if _same_layout(param.shape, param.stride(), tensor.stride()) and not tensor.is_neg():
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+@lru_cache(maxsize=4096)
+def _same_layout(shape: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> bool:
+    # The stride of a dim of size 1 leads nowhere.
+    return all(n == 1 or a == b for n, a, b in zip(shape, ours, theirs, strict=True))
 
 
 def _group_dims(shape: tuple[int, ...], group_by: GroupBy) -> tuple[int, ...] | None:

@@ -5,15 +5,15 @@ The step is one op, torch.ops.tl1kernels.step_; csrc/library.cpp has its schema.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import tl1kernels
 from tl1kernels.batch import SGD, Assign, Batch, Entry, Rule
+from tl1kernels.views import laid_out_like
 
 BINARY = "libtl1kernels_cpu.so"
 REPORT = "native_build.txt"
@@ -67,25 +67,40 @@ def rejects(batch: Batch) -> str | None:
 
 def run(batch: Batch) -> None:
     """Take one step on every entry, in place."""
-    params = [entry.param for entry in batch.entries]
-    grads = [_laid_out_like(entry.param, entry.grad) for entry in batch.entries]
-    names = (*batch.rule.state, *batch.rule.counters)
-    state = [entry.state[name] for entry in batch.entries for name in names]
-    views = [(e.view.blocks, e.view.outer, e.view.groups, e.view.inner) for e in batch.entries]
+    if not batch.tables:
+        batch.tables.update(_tables(batch))
+    tables, rule = batch.tables, batch.rule
     torch.ops.tl1kernels.step_(
-        params,
-        grads,
-        state,
-        torch.tensor(views, dtype=torch.int64, device="cpu"),
-        torch.tensor([_scalars(e) for e in batch.entries], dtype=torch.float64, device="cpu"),
-        _rule_name(batch.rule),
+        tables["params"],
+        [laid_out_like(entry.param, entry.grad) for entry in batch.entries],
+        tables["state"],
+        tables["views"],
+        tables["scalars"],
+        tables["rule"],
         batch.penalty,
-        getattr(batch.rule, "maximize", False),
-        getattr(batch.rule, "nesterov", False),
-        getattr(batch.rule, "decoupled", False),
+        getattr(rule, "maximize", False),
+        getattr(rule, "nesterov", False),
+        getattr(rule, "decoupled", False),
     )
     # An op of the stable ABI does not say what it wrote to; autograd must know.
-    torch.autograd.graph.increment_version([*params, *state])
+    torch.autograd.graph.increment_version(tables["written"])
+
+
+def _tables(batch: Batch) -> dict[str, Any]:
+    """Return what the op takes besides gradients; see its schema in csrc/library.cpp."""
+    names = (*batch.rule.state, *batch.rule.counters)
+    params = [entry.param for entry in batch.entries]
+    state = [entry.state[name] for entry in batch.entries for name in names]
+    views = [(e.view.blocks, e.view.outer, e.view.groups, e.view.inner) for e in batch.entries]
+    scalars = [_scalars(entry) for entry in batch.entries]
+    return {
+        "params": params,
+        "state": state,
+        "written": [*params, *state],
+        "views": torch.tensor(views, dtype=torch.int64, device="cpu"),
+        "scalars": torch.tensor(scalars, dtype=torch.float64, device="cpu"),
+        "rule": _rule_name(batch.rule),
+    }
 
 
 def _rule_name(rule: Rule) -> str:
@@ -109,19 +124,6 @@ def _scalar_names() -> tuple[str, ...]:
 @cache
 def _penalties() -> frozenset[str]:
     return frozenset(torch.ops.tl1kernels.penalty_names().split())
-
-
-def _laid_out_like(param: Tensor, grad: Tensor) -> Tensor:
-    """Return `grad` with its elements where `param` has them: itself, or else a copy."""
-    if _same_layout(param.shape, param.stride(), grad.stride()) and not grad.is_neg():
-        return grad
-    return torch.empty_like(param, memory_format=torch.preserve_format).copy_(grad)
-
-
-@lru_cache(maxsize=4096)
-def _same_layout(shape: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> bool:
-    # The stride of a dim of size 1 leads nowhere.
-    return all(n == 1 or a == b for n, a, b in zip(shape, ours, theirs, strict=True))
 
 
 def _installed(name: str) -> Path | None:

@@ -1,0 +1,559 @@
+"""The native kernels: error, paths, threads, memory, faults, and torch's view of their op.
+
+What every backend must do is tested elsewhere, on each (`each_backend`); this is what only these
+promise. Each test that runs kernels does so on every instruction set that this machine has.
+"""
+
+import itertools
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tl1kernels as tk
+from tests.common import assert_near, variants
+from tl1kernels import oracles
+from tl1kernels.backends import native
+from tl1kernels.backends.reference import tl1_threshold
+from tl1kernels.plan import FLOAT_DTYPES as DTYPES
+from tl1kernels.views import view_of
+
+if native.unavailable() is not None:
+    pytest.skip(f"no native library: {native.unavailable()}", allow_module_level=True)
+
+OPS = torch.ops.tl1kernels
+BUILDS = OPS.cpu_builds().split()
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=BUILDS)
+def build(request, monkeypatch):
+    monkeypatch.setenv("TL1KERNELS_CPU", request.param)
+    assert OPS.cpu_build() == request.param
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def on(backend, function, *args, **options):
+    with tk.use_backend(backend):
+        return function(*args, **options)
+
+
+def test_every_build_of_an_x86_machine_is_tested():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert ("avx512" in BUILDS) == ("avx512vl" in flags)
+    assert ("avx2" in BUILDS) == (" avx2" in flags and " fma" in flags)
+    assert BUILDS[-1] == "baseline"
+
+
+# --- Error.
+
+
+def test_tl1_is_within_4_ulp_and_dies_where_the_reference_does(build):
+    """Over a from 1e-3 to 1e6 and tau from 1e-10 to 1; scaled by the conditioning."""
+    generator = np.random.default_rng(0)
+    worst = 0.0
+    for i in range(300):
+        a, tau = 10 ** generator.uniform(-3, 6), 10 ** generator.uniform(-10, 0)
+        if i % 3 == 0:  # next to the double root
+            tau = min(1.0, a * a / (2 * (a + 1)) * 10 ** generator.uniform(-0.5, 0.5))
+        near = 1 + generator.choice([-1, 1], 2000) * 10 ** generator.uniform(-7.5, 0, 2000)
+        far = 10 ** generator.uniform(-3, 6, 500)
+        v = torch.from_numpy(tl1_threshold(tau, a) * np.concatenate([near, far])).float()
+        got, want = (
+            on(b, tk.prox, x, tau, a=a) for b, x in (("cpu", v), ("reference", v.double()))
+        )
+        ulp = torch.from_numpy(np.spacing(v.abs().numpy())).double()
+        near_threshold = (v.double().abs() - tl1_threshold(tau, a)).abs() <= 4 * ulp
+        assert (((got == 0) == (want == 0)) | near_threshold).all(), (a, tau)
+        # As `_tl1_condition`, for all of them at once.
+        size = v.double().abs()
+        q = (6.75 * tau * (a + 1) / (a + size) * a / (a + size) / (a + size)).clamp(max=1 - 1e-15)
+        error = (got.double() - want).abs() / ulp
+        worst = max(worst, (error * (1 - q).sqrt()).max().item())
+    assert 0 < worst <= 4
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sixteen_bits_are_read_exactly_and_rounded_correctly(build, dtype):
+    """Every pattern there and back; every middle of two neighbours, and what is next to it."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    assert torch.equal(
+        tk.prox(every, 0.5, lam=0.0).view(torch.int16)[~every.isnan()],
+        every.view(torch.int16)[~every.isnan()],
+    )
+    assert tk.prox(every, 0.5, lam=0.0).isnan().equal(every.isnan())
+    low = every[every.isfinite()]
+    middles = (low.double() + torch.nextafter(low, torch.full_like(low, math.inf)).double()) / 2
+    v = middles[middles.isfinite()].float()
+    v = torch.cat([v, torch.nextafter(v, v * 2), torch.nextafter(v, v * 0)])
+    # p - lr * g with p = 0 and lr = 1 hands a float32 gradient's negative to the store; a half
+    # cannot hold one, so the value comes as the sum of two: momentum's buffer is float32.
+    p = torch.zeros(v.shape, dtype=dtype, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=1.0, momentum=1.0)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.state[p]["momentum_buffer"].copy_(-v)
+    optimizer.step()
+    assert torch.equal(p.detach(), v.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@variants
+def test_a_step_agrees_with_the_reference(build, ours, torchs, options, dtype):
+    """Three steps on a tensor of 25 blocks and a tail, with groups."""
+    start = torch.randn(83, 41).to(dtype)
+    gradients = [torch.randn(83, 41).to(dtype) for _ in range(3)]
+    results = []
+    for backend in ("cpu", "reference"):
+        p = start.clone().requires_grad_()
+        optimizer = ours([p], lr=0.05, lam=0.5, a=0.7, **options)
+        for gradient in gradients:
+            p.grad = gradient
+            on(backend, optimizer.step)
+        results.append(p.detach())
+    got, want = results
+    size = start.double().abs().clamp(min=1)
+    assert_near(got, want, {torch.float32: 32, torch.float64: 64}.get(dtype, 4), size)
+    assert (got == 0).any()
+
+
+# --- Paths: what waits in cache, what is swept twice, what is cut where.
+
+VIEWS = {
+    "rows": ((300, 1000), 0, "resident"),
+    "short rows": ((3000, 9), 0, "resident"),
+    "one weight a row": ((1000, 1), 0, "resident"),
+    "rows of 64": ((100, 64), 0, "resident"),
+    "long rows": ((2, 200_003), 0, "resident"),
+    "rows beyond the cache": ((2, 300_007), 0, "measure"),
+    "a whole layer": ((700, 701), "layer", "measure"),
+    "few columns": ((700, 301), 1, "resident"),
+    "columns": ((700, 601), 1, "measure"),
+    "more columns than a tile": ((70, 8195), 1, "resident"),
+    "more of both": ((300, 8195), 1, "measure"),
+    "input channels 3x3": ((130, 99, 3, 3), 1, "resident"),
+    "many input channels 3x3": ((300, 303, 3, 3), 1, "measure"),
+    "input channels 9x9": ((400, 13, 9, 9), 1, "measure"),
+    "slices": ((20, 30, 3, 3), "filter_slice", "resident"),
+}
+PHASES = ("flat", "resident", "measure", "finish")
+
+
+def tiles(view):
+    flat = OPS.cpu_tiles(view.blocks, view.outer, view.groups, view.inner)
+    return np.array(flat, dtype=np.int64).reshape(-1, 7)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_path_agrees_with_the_reference(build, name, dtype):
+    shape, group_by, path = VIEWS[name]
+    v = torch.randn(shape).to(dtype)
+    view = view_of(v, group_by)
+    assert {PHASES[row[0]] for row in tiles(view)} == {path}
+    norm = math.sqrt(view.group_size)
+    for penalty in (None, "tl1"):
+        options = {"lam": 0.5 + norm / 2, "mu": 0.5 / (0.5 + norm / 2)}  # weights 1/2 and norm/2
+        options |= {"penalty": penalty, "group_by": group_by, "a": 0.8}
+        got, want = (on(b, tk.prox, v, 0.6, **options) for b in ("cpu", "reference"))
+        assert 0 < (got != 0).float().mean() <= 1
+        ulps = {torch.float32: 24, torch.float64: 64}.get(
+            dtype, 1
+        )  # a = 0.8 is near the double root
+        assert_near(got, want, ulps, v)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "input channels 3x3", "a whole layer"])
+@pytest.mark.parametrize("kind", [tk.ProxSGD, tk.ProxAdamW])
+def test_state_is_updated_once_on_every_path(build, name, kind):
+    """16 bits compute a two-sweep tile twice; their state must not see that."""
+    shape, group_by, _ = VIEWS[name]
+    options = {"momentum": 0.9} if kind is tk.ProxSGD else {}
+    start = torch.randn(shape).bfloat16()
+    optimizers = []
+    for regularized in (True, False):
+        p = start.clone().requires_grad_()
+        lam = 1e-30 if regularized else 0.0  # the groups' path, without an effect
+        optimizers.append(kind([p], lr=0.1, lam=lam, group_by=group_by, **options))
+        for i in range(3):
+            p.grad = torch.full_like(p, 0.25 * (i + 1))
+            optimizers[-1].step()
+    (p,), (q,) = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
+    assert torch.equal(p, q)
+    for key, state in optimizers[0].state[p].items():
+        assert torch.equal(state, optimizers[1].state[q][key]), key
+
+
+def test_tiles_cover_every_weight_once():
+    views = [
+        *((1, outer, groups, inner) for outer in (1, 3, 31, 64, 700) for groups in (1, 7, 700)
+          for inner in (1, 9, 63, 64, 65, 700)),
+        (5, 1, 3, 9), (7, 40, 20, 3), (2, 300, 9000, 1), (3, 1, 1, 300_000),
+    ]  # fmt: skip
+    for blocks, outer, groups, inner in views:
+        width = groups * inner
+        seen = np.zeros(blocks * outer * width, dtype=np.int8)
+        flat = np.array(OPS.cpu_tiles(blocks, outer, groups, inner)).reshape(-1, 7)
+        for _, base, row0, row1, col0, col1, _ in flat:
+            for row in range(row0, row1):
+                seen[base + row * width + col0 : base + row * width + col1] += 1
+        assert (seen == 1).all(), (blocks, outer, groups, inner)
+
+
+def test_tiles_beyond_2_to_the_31():
+    """Indices as 64-bit numbers: the far end of views that no machine here could hold."""
+    for view in (
+        (1, 1, 2**20, 2**13),
+        (1, 2**21, 2**13, 1),
+        (1, 2**14, 2**10, 2**12),
+        (1, 1, 1, 2**33),
+    ):
+        flat = np.array(OPS.cpu_tiles(*view), dtype=np.int64).reshape(-1, 7)
+        rows, columns = flat[:, 3] - flat[:, 2], flat[:, 5] - flat[:, 4]
+        assert (rows * columns).sum() == math.prod(view)
+        assert flat[:, 3].max() == view[1]
+        assert flat[:, 5].max() == view[2] * view[3]
+        assert (rows > 0).all()
+        assert (columns > 0).all()
+
+
+def available_memory():
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(available_memory() < 9 << 30, reason="needs 5 GB of memory to spare")
+def test_a_tensor_of_more_than_2_to_the_31_weights():
+    v = torch.zeros(2**20 + 1, 2**11 + 2, dtype=torch.bfloat16)  # 2^31 + 2^21 + ...
+    v[-1], v[-2], v[0] = 3.0, 0.001, 3.0
+    want = tk.prox(v[-1:].float(), 0.1, group_by="out", backend="reference").bfloat16()
+    tk.prox_(v, 0.1, group_by="out")
+    assert torch.equal(v[-1:], want)
+    assert torch.equal(v[:1], want)
+    assert v[-2].eq(0).all()
+
+
+# --- Threads, memory.
+
+
+def many(dtype):
+    shapes = [
+        (700, 601),
+        (512, 300),
+        (64, 3, 7, 7),
+        (5,),
+        (1,),
+        (300_007,),
+        (0, 3),
+        (128, 64, 3, 3),
+    ]
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+    return params
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_by", ["auto", "layer", -1])
+def test_the_same_bits_for_any_number_of_threads_and_run_after_run(build, threads, dtype, group_by):
+    results = []
+    for n in (1, 2, 4, 2):
+        threads(n)
+        params = many(dtype)
+        usable = [p for p in params if group_by != "auto" or p.ndim > 0]
+        optimizer = tk.ProxAdamW(usable, lr=0.1, lam=0.3, group_by=group_by, min_ndim=1)
+        for _ in range(2):
+            optimizer.step()
+        state = [optimizer.state[p][name] for p in usable for name in ("exp_avg", "exp_avg_sq")]
+        results.append([p.detach() for p in usable] + state)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def peak_memory_of(function):
+    """Return the bytes by which the process grew at most during the call."""
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    read = lambda key: int(status.read_text().split(key + ":")[1].split()[0]) * 1024  # noqa: E731
+    before = read("VmRSS")
+    function()
+    return read("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux only")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group_by", ["out", "in", "layer", None])
+def test_a_step_needs_no_memory_beyond_the_groups(dtype, group_by):
+    """64 million bytes of weights, 4096 groups: 3 MB of workspace at most, kept by each thread."""
+    p = torch.randn(4096, 4096 * 4 // torch.finfo(dtype).bits * 8).to(dtype).requires_grad_()
+    p.grad = torch.randn_like(p)
+    optimizer = tk.ProxSGD([p], lr=0.1, momentum=0.9, lam=0.1, group_by=group_by)
+    optimizer.step()
+    assert peak_memory_of(optimizer.step) < 8 << 20 < p.numel() * p.element_size()
+
+
+# --- Faults.
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@variants
+def test_nan_and_infinite_gradients_do_what_torch_does(build, ours, torchs, options, bad):
+    results = []
+    for kind in (ours, torchs):
+        p = torch.linspace(-1, 1, 70).reshape(7, 10).requires_grad_()
+        optimizer = kind([p], lr=0.1, **options)
+        for i in range(3):
+            p.grad = torch.full_like(p, 0.5)
+            if i == 0:
+                p.grad[2, 3] = bad
+            optimizer.step()
+        results.append(p.detach())
+    got, want = results
+    assert torch.equal(got.isnan(), want.isnan())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_norm_over_or_underflows(build, dtype):
+    """Squares are taken in units of the threshold."""
+    form = torch.finfo(dtype)
+    for size in (form.smallest_normal * 64, 1.0, form.max / 64):
+        v = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.3, 0.4]], dtype=dtype) * size
+        for group_by in (0, 1):
+            got, want = (
+                tk.prox(v, 2.5 * size, penalty=None, group_by=group_by, backend=backend)
+                for backend in ("cpu", "reference")
+            )
+            torch.testing.assert_close(got, want, rtol=4 * form.eps, atol=form.smallest_normal)
+
+
+def test_an_unknown_build_is_an_error_that_names_the_choices(monkeypatch):
+    monkeypatch.setenv("TL1KERNELS_CPU", "sse9")
+    v = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"TL1KERNELS_CPU must be one of .*'baseline'.*'sse9'"):
+        tk.prox_(v, 0.1)
+    assert v.eq(1).all()
+
+
+def arguments(**changes):
+    p = torch.ones(2, 3)
+    scalars = {"lr": 0.5, "elementwise": 0.1, "a": 1.0}
+    row = [scalars.get(name, 0.0) for name in OPS.scalar_names().split()]
+    given = {
+        "params": [p],
+        "grads": [torch.ones(2, 3)],
+        "state": [],
+        "views": torch.tensor([[1, 1, 2, 3]]),
+        "scalars": torch.tensor([row], dtype=torch.float64),
+        "rule": "sgd",
+        "penalty": "tl1",
+        "maximize": False,
+        "nesterov": False,
+        "decoupled": False,
+    }
+    return {**given, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grads": []},
+        {"grads": [torch.ones(2, 4)]},
+        {"grads": [torch.ones(2, 3).double()]},
+        {"params": [torch.ones(2, 3, dtype=torch.int32)]},
+        {"state": [torch.ones(2, 3)]},
+        {"rule": "sgd_momentum"},
+        {"rule": "newton"},
+        {"penalty": "ridge"},
+        {"views": torch.tensor([[1, 1, 2, 4]])},
+        {"views": torch.tensor([[-1, 1, -2, 3]])},
+        {"views": torch.tensor([[1, 1, -2, -3]])},
+        {"views": torch.tensor([[1.0, 1, 2, 3]])},
+        {"views": torch.tensor([[1, 1, 2]])},
+        {"scalars": torch.zeros(1, 3).double()},
+    ],
+)
+def test_the_op_refuses_what_does_not_fit(changes):
+    given = arguments(**changes)
+    with pytest.raises(RuntimeError, match=r"must|has"):
+        OPS.step_(*given.values())
+    assert all(p.eq(1).all() for p in given["params"])
+
+
+# --- What torch knows of the op.
+
+
+@pytest.mark.parametrize("rule", ["assign", "sgd", "sgd_momentum", "adam", "adam_amsgrad"])
+def test_opcheck(rule):
+    n = {"sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}.get(rule, 0)
+    state = [torch.rand(2, 3) for _ in range(n)]
+    if rule.startswith("adam"):
+        state.append(torch.tensor(3.0))
+    given = arguments(rule=rule, state=state)
+    torch.library.opcheck(OPS.step_.default, tuple(given.values()))
+
+
+def test_in_a_compiled_function_without_a_graph_break():
+    def function(p, g, views, scalars):
+        OPS.step_([p], [g], [], views, scalars, "sgd", "tl1", False, False, False)
+        return p * 2
+
+    given = arguments()
+    args = [given["params"][0], given["grads"][0], given["views"], given["scalars"]]
+    want = function(*(x.clone() for x in args))
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(*args)
+    assert torch.equal(got, want)
+    assert torch.equal(args[0] * 2, want)
+
+
+def test_versions_are_bumped_for_parameters_and_state():
+    p = torch.ones(2, 2, requires_grad=True)
+    p.grad = torch.ones(2, 2)
+    optimizer = tk.ProxAdam([p], lr=0.1)
+    optimizer.step()
+    tensors = [p, *optimizer.state[p].values()]
+    before = [t._version for t in tensors]
+    optimizer.step()
+    assert all(t._version > v for t, v in zip(tensors, before, strict=True))
+    x = torch.ones(2, 2, requires_grad=True)
+    y = (x * p).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+# --- State, gradients and the optimizer's batches that last.
+
+
+def test_state_and_gradients_in_another_layout(build):
+    """The network turns to channels_last after its first step; gradients stay as they were."""
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(0)
+        p = torch.randn(8, 4, 3, 3).requires_grad_()
+        optimizer = tk.ProxAdamW([p], lr=0.1, lam=0.3)
+        for i in range(4):
+            p.grad = torch.randn(4, 8, 3, 3).transpose(0, 1)
+            if i == 1:
+                p.data = p.data.to(memory_format=torch.channels_last)
+            if i == 3:
+                p.grad = torch.ones(1).expand(8, 4, 3, 3)
+            on(backend, optimizer.step)
+        results.append(p.detach())
+    assert_near(*results, 16, results[1].abs().clamp(min=1))
+
+
+def test_batches_are_kept_and_gradients_are_not():
+    p, q = torch.ones(3, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxAdam([p, q], lr=0.1, lam=0.1)
+    for _ in range(3):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+        kept = optimizer._planned.batches
+        assert not any(hasattr(entry, "grad") for entry in kept.entries)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer._planned.batches is kept
+
+
+def change_lr(optimizer):
+    optimizer.param_groups[0]["lr"] = 0.02
+
+
+def change_tensor_lam(optimizer):
+    optimizer.param_groups[0]["lam"].mul_(2)
+
+
+def change_penalty(optimizer):
+    optimizer.param_groups[0]["penalty"] = "l1"
+
+
+def change_groups(optimizer):
+    optimizer.param_groups[0]["group_by"] = "in"
+
+
+def change_min_ndim(optimizer):
+    optimizer.param_groups[0]["min_ndim"] = 3
+
+
+def change_momentum(optimizer):
+    optimizer.param_groups[0]["momentum"] = 0.0
+
+
+def change_dtype(optimizer):
+    for p in optimizer.param_groups[0]["params"]:
+        p.data = p.data.double()
+
+
+def change_layout(optimizer):
+    p = optimizer.param_groups[0]["params"][0]
+    p.data = p.data.t().contiguous().t()
+
+
+def change_state(optimizer):
+    for p in optimizer.param_groups[0]["params"]:
+        optimizer.state[p]["momentum_buffer"] = torch.full_like(p, 0.25)
+
+
+def forget_state(optimizer):
+    optimizer.state.clear()
+
+
+def drop_a_gradient(optimizer):
+    optimizer.param_groups[0]["params"][1].requires_grad_(False)
+
+
+CHANGES = [
+    change_lr, change_tensor_lam, change_penalty, change_groups, change_min_ndim, change_momentum,
+    change_layout, change_state, forget_state, drop_a_gradient,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_batches_that_are_kept_follow_every_change(change):
+    """The same steps with kept batches and with new ones each time."""
+    results = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        params = [torch.randn(6, 5).requires_grad_(), torch.randn(4, 4).requires_grad_()]
+        optimizer = tk.ProxSGD(params, lr=0.1, momentum=0.9, lam=torch.tensor(0.2), group_by="out")
+        for i in range(6):
+            if i == 3:
+                change(optimizer)
+            for p in params:
+                p.grad = torch.randn_like(p) if p.requires_grad else None
+            if not keep:
+                optimizer._planned = None
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_two_dtypes_rules_and_penalties_in_one_optimizer(build):
+    groups = []
+    generator = torch.Generator().manual_seed(0)
+    for dtype, penalty in itertools.product(DTYPES, (None, *tk.PENALTIES)):
+        p = torch.randn(9, 7, generator=generator).to(dtype).requires_grad_()
+        p.grad = torch.randn(9, 7, generator=generator).to(dtype)
+        groups.append({"params": [p], "penalty": penalty, "lam": 0.3})
+    wanted = []
+    for group in groups:
+        (p,) = group["params"]
+        v = p.detach().double() - 0.1 * p.grad.double()
+        options = {"lam": 0.3, "penalty": group["penalty"], "group_by": "auto", "a": 1.0}
+        mu = 0.0 if group["penalty"] is None else 0.5
+        wanted.append(oracles.prox_as_published(v.numpy(), 0.1, mu=mu, **options))
+    tk.ProxSGD(groups, lr=0.1).step()
+    for group, want in zip(groups, wanted, strict=True):
+        (p,) = group["params"]
+        assert_near(p.detach(), torch.from_numpy(want), 8, p.detach().abs().clamp(min=1))
