@@ -1,6 +1,6 @@
-// The CPU kernels. CMake compiles this file once per instruction set, with TL1_ISA its name and
-// TL1_RUN_TILE the name of the one function it exports. No std and no torch here: an inline function
-// of theirs, compiled for AVX-512, could be the copy that the linker keeps for everyone.
+// The CPU kernels. CMake compiles this file once per instruction set, with TL1_ISA its name; the one
+// function that it exports is tl1::TL1_ISA::run_tile. No std and no torch here: an inline function of
+// theirs, compiled for AVX-512, could be the copy that the linker keeps for everyone.
 //
 // A step is a chain of stages over BLOCK weights at a time, each a loop that vectorises:
 //   update (rule, stored type) -> t;  threshold (penalty) on t;  squares of t;  store, scaled
@@ -55,7 +55,7 @@ void threshold(const Coefficients& coefficients, A* t, int64_t n) {
   const Penalty<A> penalty(coefficients);
   const A cut = penalty.cut;
   // Inline, or `cut` is read through a closure that may alias v, and the loop stays scalar.
-  penalty.magnitude([=](auto magnitude) __attribute__((always_inline)) {
+  penalty.with_prox([=](auto prox) __attribute__((always_inline)) {
     for (int64_t at = 0; at < n; at += CHUNK) {
       A* v = t + at;
       int alive = 0;
@@ -68,7 +68,7 @@ void threshold(const Coefficients& coefficients, A* t, int64_t n) {
       }
       SIMD for (int64_t i = 0; i < CHUNK; i++) {
         const A size = magnitude_of(v[i]);
-        const A w = magnitude(size);
+        const A w = prox(size);
         v[i] = with_sign_of(size <= cut ? A(0) : w, v[i]);  // `store` makes -0 +0
       }
     }
@@ -136,7 +136,7 @@ class Runner {
 
   const Step& step;
   const Tile& tile;
-  const Workspace& work;
+  Workspace& work;
   P* const param;
   const P* const grad;
   const int64_t inner, width;
@@ -144,9 +144,9 @@ class Runner {
   int64_t origin, columns;  // of the columns whose sums and factors are in the workspace
 
  public:
-  Runner(const Step& step, const Tile& tile, const Workspace& work)
+  Runner(const Step& step, const Tile& tile, Workspace& work)
       : step(step), tile(tile), work(work), param(static_cast<P*>(step.param)),
-        grad(static_cast<const P*>(step.grad)), inner(step.inner), width(step.width()),
+        grad(static_cast<const P*>(step.grad)), inner(step.inner), width(step.groups * step.inner),
         short_runs(step.inner < SHORT_RUN), origin(tile.col0), columns(tile.col1 - tile.col0) {}
 
   void run() {
@@ -189,7 +189,9 @@ class Runner {
     }
     prefetch(at + AHEAD, n);
     UPDATES<P>[step.rule](step.numbers, param + at, grad + at, states, t, n);
-    if (step.penalty >= 0) THRESHOLDS<A>[step.penalty](step.coefficients, t, n);
+    if (step.penalty < 0) return;
+    for (int64_t i = n; i % CHUNK != 0; i++) t[i] = 0;
+    THRESHOLDS<A>[step.penalty](step.coefficients, t, n);
   }
 
   void put(const A* t, int64_t at, int64_t n) const {
@@ -219,14 +221,14 @@ class Runner {
   }
 
   void clear_sums(double* sums) const {
-    for (int64_t i = 0; i < (short_runs ? columns : LANES); i++) work.columns()[i] = 0;
+    for (int64_t i = 0; i < (short_runs ? columns : LANES); i++) work.columns[i] = 0;
     const int64_t first = origin / inner, last = (origin + columns - 1) / inner;
     for (int64_t g = first; g <= last; g++) sums[g - first] = 0;
   }
 
   void add_squares(const A* t, int64_t col, int64_t n, double* sums) const {
     const double unit = step.unit;
-    double* partial = work.columns();
+    double* partial = work.columns;
     if (short_runs) {
       double* column = partial + (col - origin);
       SIMD for (int64_t i = 0; i < n; i++) column[i] += square_of(t[i], unit);
@@ -242,7 +244,7 @@ class Runner {
   // Short runs: from columns to groups. They are never cut, so the columns begin with a group.
   void fold_columns(double* sums) const {
     if (!short_runs) return;
-    const double* column = work.columns();
+    const double* column = work.columns;
     for (int64_t g = 0; g * inner < columns; g++) {
       for (int64_t i = 0; i < inner; i++) sums[g] += column[g * inner + i];
     }
@@ -250,17 +252,44 @@ class Runner {
 
   // Short runs: the factors of the groups from `origin` on, one for each column.
   A* spread(const double* factors) const {
-    A* spread = static_cast<A*>(work.factors());
+    A* by_column = reinterpret_cast<A*>(work.spread);
     for (int64_t g = 0; g * inner < columns; g++) {
-      for (int64_t i = 0; i < inner; i++) spread[g * inner + i] = static_cast<A>(factors[g]);
+      for (int64_t i = 0; i < inner; i++) by_column[g * inner + i] = static_cast<A>(factors[g]);
     }
-    return spread;
+    return by_column;
+  }
+
+  // Calls f(at, n, index) for the tile's weights [at, at + n), n <= BLOCK, from the first row to the
+  // last; `index` counts them. Where a row of the tile is a row of the tensor, blocks span rows.
+  template <class F>
+  void each_block(F f) const {
+    const bool whole = columns == width;
+    const int64_t rows = tile.row1 - tile.row0;
+    const int64_t length = whole ? rows * columns : columns;
+    for (int64_t row = 0; row < (whole ? 1 : rows); row++) {
+      const int64_t first = address(tile.row0 + row, origin);
+      for (int64_t i = 0; i < length; i += BLOCK) {
+        f(first + i, smaller(BLOCK, length - i), row * columns + i);
+      }
+    }
+  }
+
+  // Calls f(i, col, m) for the stretches of one row within a block: its weights [i, i + m), which
+  // begin in column `col`.
+  template <class F>
+  void each_row_of(int64_t index, int64_t n, F f) const {
+    int64_t col = index % columns;
+    for (int64_t i = 0; i < n; col = 0) {
+      const int64_t m = smaller(columns - col, n - i);
+      f(i, origin + col, m);
+      i += m;
+    }
   }
 
   void flat() const {
     alignas(64) A t[BLOCK];
-    for (int64_t at = address(0, tile.col0), end = address(0, tile.col1); at < end; at += BLOCK) {
-      const int64_t n = smaller(BLOCK, end - at);
+    for (int64_t at = tile.col0; at < tile.col1; at += BLOCK) {
+      const int64_t n = smaller(BLOCK, tile.col1 - at);
       advance<true>(at, n, t);
       put(t, at, n);
     }
@@ -270,92 +299,89 @@ class Runner {
     for (int64_t col = tile.col0; col < tile.col1; col += tile.strip) {
       origin = col;
       columns = smaller(tile.strip, tile.col1 - col);
-      strip();
+      resident_strip();
     }
   }
 
-  void strip() const {
+  void resident_strip() const {
     alignas(64) A block[BLOCK];
-    float* values = work.values();
-    double* sums = work.sums();
+    double* sums = work.sums;
     clear_sums(sums);
-    for (int64_t row = tile.row0; row < tile.row1; row++) {
-      for (int64_t i = 0; i < columns; i += BLOCK) {
-        const int64_t at = address(row, origin + i), n = smaller(BLOCK, columns - i);
-        A* t = block;
-        if constexpr (!IN_PLACE) t = values + (row - tile.row0) * columns + i;
-        advance<true>(at, n, t);
-        add_squares(t, origin + i, n, sums);
-        if (IN_PLACE) put(t, at, n);
-      }
-    }
+    each_block([&](int64_t at, int64_t n, int64_t index) {
+      A* t = block;
+      if constexpr (!IN_PLACE) t = work.values + index;
+      advance<true>(at, n, t);
+      if (IN_PLACE) put(t, at, n);
+      each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
+        add_squares(t + i, col, m, sums);
+      });
+    });
     fold_columns(sums);
     const int64_t groups = columns / inner;
     for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], step.group_threshold);
-    const A* spread_out = short_runs ? spread(sums) : nullptr;
+    const A* by_column = short_runs ? spread(sums) : nullptr;
     for (int64_t row = tile.row0; row < tile.row1; row++) {
       const int64_t at = address(row, origin);
       const A* t;
       if constexpr (IN_PLACE) {
         t = param + at;
       } else {
-        t = values + (row - tile.row0) * columns;
+        t = work.values + (row - tile.row0) * columns;
       }
-      if (short_runs) {
-        put_scaled(t, spread_out, at, columns);
-      } else {
-        for (int64_t g = 0; g < groups; g++) {
-          put_scaled(t + g * inner, static_cast<A>(sums[g]), at + g * inner, inner);
-        }
-      }
+      scale(t, at, origin, columns, sums, by_column);
     }
+  }
+
+  // Stores t, the values of the weights from `at` on, times the factors of their groups: `factors`
+  // begins with the group of `origin`, by_column repeats it for short runs.
+  void scale(const A* t, int64_t at, int64_t col, int64_t n, const double* factors,
+             const A* by_column) const {
+    if (short_runs) return put_scaled(t, by_column + (col - origin), at, n);
+    const int64_t first = origin / inner;
+    each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
+      const A factor = static_cast<A>(factors[group - first]);
+      if (IN_PLACE && factor == 1) return;
+      put_scaled(t + (from - col), factor, at + (from - col), to - from);
+    });
   }
 
   void measure() const {
     alignas(64) A t[BLOCK];
     clear_sums(tile.sums);
-    for (int64_t row = tile.row0; row < tile.row1; row++) {
-      for (int64_t col = tile.col0; col < tile.col1; col += BLOCK) {
-        const int64_t at = address(row, col), n = smaller(BLOCK, tile.col1 - col);
-        advance<IN_PLACE>(at, n, t);
-        if (IN_PLACE) put(t, at, n);
-        add_squares(t, col, n, tile.sums);
-      }
-    }
+    each_block([&](int64_t at, int64_t n, int64_t index) {
+      advance<IN_PLACE>(at, n, t);
+      if (IN_PLACE) put(t, at, n);
+      each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
+        add_squares(t + i, col, m, tile.sums);
+      });
+    });
     fold_columns(tile.sums);
   }
 
-  // From the last row to the first: what the first sweep read last may still be in cache.
   void finish() const {
-    const A* spread_out = short_runs ? spread(tile.factors + origin / inner) : nullptr;
-    for (int64_t row = tile.row1 - 1; row >= tile.row0; row--) {
-      if constexpr (IN_PLACE) {
-        finish_stretch(param + address(row, origin), row, origin, columns, spread_out);
-      } else {
-        alignas(64) A t[BLOCK];
-        for (int64_t col = origin; col < tile.col1; col += BLOCK) {
-          const int64_t n = smaller(BLOCK, tile.col1 - col);
-          advance<true>(address(row, col), n, t);
-          finish_stretch(t, row, col, n, spread_out);
-        }
+    const double* factors = tile.factors + origin / inner;
+    const A* by_column = short_runs ? spread(factors) : nullptr;
+    if constexpr (IN_PLACE) {
+      // From the last row to the first: what the first sweep read last may still be in cache.
+      for (int64_t row = tile.row1 - 1; row >= tile.row0; row--) {
+        const int64_t at = address(row, origin);
+        scale(param + at, at, origin, columns, factors, by_column);
       }
+    } else {
+      alignas(64) A t[BLOCK];
+      each_block([&](int64_t at, int64_t n, int64_t index) {
+        advance<true>(at, n, t);
+        each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
+          scale(t + i, at + i, col, m, factors, by_column);
+        });
+      });
     }
-  }
-
-  void finish_stretch(const A* t, int64_t row, int64_t col, int64_t n, const A* spread_out) const {
-    if (short_runs) return put_scaled(t, spread_out + (col - origin), address(row, col), n);
-    each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
-      const double factor = tile.factors[group];
-      if (IN_PLACE && factor == 1) return;
-      put_scaled(t + (from - col), static_cast<A>(factor), address(row, from), to - from);
-    });
   }
 };
 
 }  // namespace
-}  // namespace TL1_ISA
 
-void TL1_RUN_TILE(const Step& step, const Tile& tile, const Workspace& work) {
+void run_tile(const Step& step, const Tile& tile, Workspace& work) {
   switch (step.stored) {
     case Stored::float32: return Runner<float>(step, tile, work).run();
     case Stored::float64: return Runner<double>(step, tile, work).run();
@@ -364,4 +390,5 @@ void TL1_RUN_TILE(const Step& step, const Tile& tile, const Workspace& work) {
   }
 }
 
+}  // namespace TL1_ISA
 }  // namespace tl1

@@ -3,7 +3,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
-#include <new>
+#include <iterator>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,16 +14,17 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "cpu_builds.h"
 #include "schedule.h"
 
 namespace tl1 {
 
-// One for each build of cpu_kernels.cpp.
-void run_tile_baseline(const Step&, const Tile&, const Workspace&);
-#ifdef TL1_X86_BUILDS
-void run_tile_avx2(const Step&, const Tile&, const Workspace&);
-void run_tile_avx512(const Step&, const Tile&, const Workspace&);
-#endif
+// One for each build of cpu_kernels.cpp: CMake passes the list.
+#define TL1_DECLARE(build)                             \
+  namespace build {                                    \
+  void run_tile(const Step&, const Tile&, Workspace&); \
+  }
+TL1_CPU_BUILDS(TL1_DECLARE)
 
 namespace {
 
@@ -34,19 +36,29 @@ constexpr const char* CPU_ENVIRONMENT = "TL1KERNELS_CPU";
 
 struct Build {
   const char* name;
-  RunTile run;
+  RunTile run_tile;
   bool supported;
 };
 
-// The best first.
-const std::vector<Build>& builds() {
-  static const std::vector<Build> all = {
-#ifdef TL1_X86_BUILDS
-      {"avx512", run_tile_avx512, __builtin_cpu_supports("x86-64-v4") != 0},
-      {"avx2", run_tile_avx2, __builtin_cpu_supports("x86-64-v3") != 0},
+bool supports(const char* name) {
+  const std::string build = name;
+#if defined(__x86_64__) || defined(__i386__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  if (build == "avx2") return avx2;
+  if (build == "avx512") {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  }
 #endif
-      {"baseline", run_tile_baseline, true},
-  };
+  return build == "baseline";
+}
+
+// The best first.
+#define TL1_BUILD(build) {#build, build::run_tile, supports(#build)},
+const std::vector<Build>& builds() {
+  static const std::vector<Build> all = {TL1_CPU_BUILDS(TL1_BUILD)};
   return all;
 }
 
@@ -68,6 +80,8 @@ constexpr const char* PENALTY_NAMES[] = {TL1_PENALTIES(TL1_NAME)};
 
 #define TL1_STATES(name, Rule) Rule<float>::STATES,
 constexpr int RULE_STATES[] = {TL1_RULES(TL1_STATES)};
+#define TL1_COUNTS(name, Rule) Rule<float>::COUNTS,
+constexpr bool RULE_COUNTS[] = {TL1_RULES(TL1_COUNTS)};
 
 #define TL1_PREPARE(name, Penalty) Penalty<A>::prepare,
 template <class A>
@@ -99,27 +113,46 @@ void check(const char* name, const Tensor& tensor, int64_t numel, ScalarType typ
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
   STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " elements, got ",
                   tensor.numel());
+  STD_TORCH_CHECK(numel == 0 || tensor.const_data_ptr(), name, " must have storage");
 }
+
+// `tensor` must have its elements where `like` has them.
+void check_layout(const char* name, const Tensor& tensor, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.dim() == like.dim(), name, " must have the dims of its parameter");
+  for (int64_t d = 0; d < like.dim(); d++) {
+    const bool same = tensor.size(d) == like.size(d) &&
+                      (like.size(d) == 1 || tensor.stride(d) == like.stride(d));
+    STD_TORCH_CHECK(same, name, " must have the shape and strides of its parameter");
+  }
+}
+
+// `tensor` must be dense: its elements fill a stretch of memory, in any order of dims.
+void check_dense(const char* name, const Tensor& tensor) {
+  int64_t filled = 1;
+  for (int64_t round = 0; round < tensor.dim() && tensor.numel() > 1; round++) {
+    for (int64_t d = 0; d < tensor.dim(); d++) {
+      if (tensor.size(d) != 1 && tensor.stride(d) == filled) {
+        filled *= tensor.size(d);
+        break;
+      }
+    }
+  }
+  STD_TORCH_CHECK(tensor.numel() <= 1 || filled == tensor.numel(), name, " must be dense");
+}
+
+bool is_double(const Tensor& counter) { return counter.scalar_type() == ScalarType::Double; }
 
 // Adds one to a counter of steps, a 0-d float tensor, and returns it.
 double count(const Tensor& counter) {
-  const bool wide = counter.scalar_type() == ScalarType::Double;
-  check("step", counter, 1, wide ? ScalarType::Double : ScalarType::Float);
   void* value = counter.mutable_data_ptr();
-  return wide ? ++*static_cast<double*>(value) : ++*static_cast<float*>(value);
+  return is_double(counter) ? ++*static_cast<double*>(value) : ++*static_cast<float*>(value);
 }
 
 // A thread keeps its workspace; the kernels write it before they read it.
-const Workspace& workspace() {
-  struct Owner {
-    Workspace work;
-    Owner() : work{static_cast<char*>(std::aligned_alloc(64, Workspace::BYTES))} {
-      if (!work.memory) throw std::bad_alloc();
-    }
-    ~Owner() { std::free(work.memory); }
-  };
-  static thread_local Owner owner;
-  return owner.work;
+Workspace& workspace() {
+  static thread_local std::unique_ptr<Workspace> work;
+  if (!work) work.reset(new Workspace);  // not make_unique, which would clear it
+  return *work;
 }
 
 // Calls f(i) for i in [0, n); threads take the next i when they are ready for it.
@@ -136,11 +169,10 @@ void for_each(size_t n, bool parallel, const F& f) {
   });
 }
 
-void run(const std::vector<Step>& steps, RunTile run_tile) {
+void run(const std::vector<Step>& steps, Schedule& plan, RunTile run_tile) {
   constexpr int64_t WORTH_THREADS = 1 << 15;  // weights; less is done before the others wake up
-  Schedule plan = schedule::of(steps);
   int64_t weights = 0;
-  for (const Step& s : steps) weights += s.blocks * s.outer * s.width();
+  for (const Step& s : steps) weights += s.blocks * s.outer * schedule::width(s);
   const bool parallel = weights >= WORTH_THREADS;
   const auto sweep = [&](const std::vector<Tile>& tiles) {
     for_each(tiles.size(), parallel, [&](size_t i) {
@@ -156,6 +188,17 @@ void run(const std::vector<Step>& steps, RunTile run_tile) {
   sweep(plan.second);
 }
 
+// Whether four sizes are those of a view of `numel` elements; no product of them may overflow.
+bool is_view_of(const int64_t* sizes, int64_t numel) {
+  if (numel == 0) return true;
+  int64_t product = 1;
+  for (int i = 0; i < 4; i++) {
+    if (sizes[i] <= 0 || sizes[i] > numel / product) return false;
+    product *= sizes[i];
+  }
+  return product == numel;
+}
+
 // Views must be an int64 tensor (n, 4), scalars float64 (n, number of SCALAR_NAMES), both contiguous.
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state,
            Tensor views, Tensor scalars, std::string rule, std::optional<std::string> penalty,
@@ -164,13 +207,15 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   const int rule_row = row_of("rule", rule, RULE_NAMES);
   const int penalty_row = penalty ? row_of("penalty", *penalty, PENALTY_NAMES) : -1;
   const size_t shaped = RULE_STATES[rule_row];
-  const bool adam = rule.rfind("adam", 0) == 0;
-  const size_t each = shaped + adam;  // the last is Adam's counter
+  const bool counts = RULE_COUNTS[rule_row];
+  const size_t each = shaped + counts;  // the last is the counter
   constexpr int64_t N_SCALARS = sizeof(Scalars) / sizeof(double);
   STD_TORCH_CHECK(grads.size() == n, "grads must be as many as params, got ", grads.size());
   STD_TORCH_CHECK(state.size() == n * each, "state must have ", each, " tensors a parameter");
   check("views", views, n * 4, ScalarType::Long);
   check("scalars", scalars, n * N_SCALARS, ScalarType::Double);
+  STD_TORCH_CHECK(views.is_contiguous() && scalars.is_contiguous(),
+                  "views and scalars must be contiguous");
   const int64_t* view = static_cast<const int64_t*>(views.const_data_ptr());
   const Scalars* scalar = static_cast<const Scalars*>(scalars.const_data_ptr());
 
@@ -182,11 +227,19 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     const ScalarType type = params[i].scalar_type();
     s.stored = stored_type(type);
     check("params", params[i], numel, type);
+    check_dense("params", params[i]);
     check("grads", grads[i], numel, type);
-    STD_TORCH_CHECK(v[0] * v[1] * v[2] * v[3] == numel && v[0] >= 0 && v[1] >= 0 && v[2] >= 0,
-                    "views must have the number of elements of params");
+    check_layout("grads", grads[i], params[i]);
+    STD_TORCH_CHECK(is_view_of(v, numel), "views must have the number of elements of params");
     const ScalarType wide = s.stored == Stored::float64 ? ScalarType::Double : ScalarType::Float;
-    for (size_t k = 0; k < shaped; k++) check("state", state[i * each + k], numel, wide);
+    for (size_t k = 0; k < shaped; k++) {
+      check("state", state[i * each + k], numel, wide);
+      check_layout("state", state[i * each + k], params[i]);
+    }
+    if (counts) {
+      const Tensor& counter = state[i * each + shaped];
+      check("step", counter, 1, is_double(counter) ? ScalarType::Double : ScalarType::Float);
+    }
     s.param = params[i].mutable_data_ptr();
     s.grad = grads[i].const_data_ptr();
     for (size_t k = 0; k < MAX_STATES; k++) {
@@ -194,16 +247,12 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     }
     s.blocks = v[0], s.outer = v[1], s.groups = v[2], s.inner = v[3];
   }
-  const RunTile run_tile = chosen_build().run;
-  // Nothing above has changed anything. From here on nothing is refused.
   for (size_t i = 0; i < n; i++) {
     Step& s = steps[i];
     const Scalars& c = scalar[i];
     s.rule = rule_row;
     s.penalty = c.elementwise > 0 ? penalty_row : -1;
     s.clean = c.elementwise > 0 || c.group > 0;
-    s.numbers = rule_numbers(c, {maximize, nesterov, decoupled}, adam,
-                             adam ? count(state[i * each + shaped]) : 1);
     const bool wide = s.stored == Stored::float64;
     if (s.penalty >= 0) {
       const auto prepare = wide ? PREPARE<double>[s.penalty] : PREPARE<float>[s.penalty];
@@ -216,7 +265,14 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
                  : std::ldexp(1.0, -std::clamp(std::ilogb(threshold), -1000, 1000));
     s.group_threshold = threshold > 0 ? threshold * s.unit : -1;
   }
-  run(steps, run_tile);
+  const RunTile run_tile = chosen_build().run_tile;
+  Schedule plan = schedule::of(steps);
+  // Nothing above has changed anything. From here on nothing is refused.
+  for (size_t i = 0; i < n; i++) {
+    const double step = counts ? count(state[i * each + shaped]) : 0;
+    steps[i].numbers = rule_numbers(scalar[i], {maximize, nesterov, decoupled}, step);
+  }
+  run(steps, plan, run_tile);
 }
 
 std::string joined(const char* const* names, size_t n) {
@@ -246,7 +302,11 @@ std::string cpu_builds() {
   }
   return all;
 }
-std::string scalar_names() { return SCALAR_NAMES; }
+std::string scalar_names() {
+#define TL1_SCALAR_NAME(name) #name,
+  constexpr const char* NAMES[] = {TL1_SCALARS(TL1_SCALAR_NAME)};
+  return joined(NAMES, std::size(NAMES));
+}
 std::string penalty_names() { return joined(PENALTY_NAMES, std::size(PENALTY_NAMES)); }
 
 }  // namespace

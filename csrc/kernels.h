@@ -1,4 +1,5 @@
-// What the schedule and the kernels share: plain structs, and one entry point per instruction set.
+// What the schedule and the kernels share: plain structs. They have no member functions, which would
+// be compiled once per instruction set under one name (see TL1_ISA).
 
 #pragma once
 
@@ -28,13 +29,11 @@ struct Step {
   Stored stored;
   int rule;      // row of TL1_RULES
   int penalty;   // row of TL1_PENALTIES; -1 for none
-  bool clean;    // regularized: no -0
+  bool clean;    // regularized: a dead weight is +0, never -0
   RuleNumbers numbers;
   Coefficients coefficients;
   double group_threshold;  // times `unit`; -1 for no groups
   double unit;             // the scale in which weights are squared; a power of two
-
-  int64_t width() const { return groups * inner; }
 };
 
 enum class Phase {
@@ -53,23 +52,16 @@ struct Tile {
   int64_t strip;            // resident: columns taken at a time
   double* sums;             // measure: sum of squares of each group touched
   const double* factors;    // finish: of all groups of the block
-
-  int64_t first_group(int64_t inner) const { return col0 / inner; }
-  int64_t n_groups(int64_t inner) const { return (col1 - 1) / inner - col0 / inner + 1; }
 };
 
-// One thread's memory, aligned to 64 bytes.
+// One thread's memory.
 struct Workspace {
-  static constexpr int64_t VALUES = (RESIDENT + BLOCK) * sizeof(float);
-  static constexpr int64_t EACH = COLUMNS * sizeof(double);
-  static constexpr int64_t BYTES = VALUES + 3 * EACH;
-  char* memory;
-  float* values() const { return reinterpret_cast<float*>(memory); }
-  double* columns() const { return reinterpret_cast<double*>(memory + VALUES); }
-  void* factors() const { return memory + VALUES + EACH; }
-  double* sums() const { return reinterpret_cast<double*>(memory + VALUES + 2 * EACH); }
+  alignas(64) double columns[COLUMNS];  // sums of squares by column, or the lanes of one sum
+  alignas(64) double sums[COLUMNS];     // and by group; then the groups' factors
+  alignas(64) double spread[COLUMNS];   // the factors by column, in the arithmetic type
+  alignas(64) float values[RESIDENT + BLOCK];  // of 16-bit weights, thresholded
 };
 
-using RunTile = void (*)(const Step&, const Tile&, const Workspace&);
+using RunTile = void (*)(const Step&, const Tile&, Workspace&);
 
 }  // namespace tl1

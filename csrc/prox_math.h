@@ -4,7 +4,7 @@
 //   prepare(step, weight, a, c)   once per tensor: fills the coefficients c, in float64
 //   Penalty(c)                    takes them, for every few weights, in the arithmetic type A
 //   cut                           |v| <= cut goes to 0; all other |v| go to
-//   magnitude(loop)               calls loop(f) where f(|v|) is the prox, >= 0
+//   with_prox(loop)               calls loop(f) where f(|v|) is the prox, >= 0
 // and a row of TL1_PENALTIES. NaN is never <= cut, and f must pass it on.
 
 #pragma once
@@ -35,7 +35,7 @@ struct Coefficients {
 inline namespace TL1_ISA {
 
 // Where there is no fused multiply-add the error terms below would be lost to rounding.
-#if defined(__CUDACC__) || defined(__FP_FAST_FMAF)
+#if defined(__CUDACC__) || defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr bool FUSED = true;
 #else
 constexpr bool FUSED = false;
@@ -78,13 +78,14 @@ TL1_INLINE float at_most(float x, float limit) {
 }
 TL1_INLINE float at_least_0(float x) { return from_bits(bits_of(x) > 0 ? bits_of(x) : 0); }
 
-// c[I] + c[I + 1] x + ... by Horner's rule; a recursion, since a loop within a loop is not vectorised.
-template <int I = 0, class A, int N>
-TL1_INLINE A polynomial(const double (&c)[N], A x) {
-  if constexpr (I == N - 1) {
-    return static_cast<A>(c[I]);
+// c_I + c_(I + 1) x + ... by Horner's rule; a recursion, since a loop within a loop is not vectorised.
+template <class Series, int I = 0, class A>
+TL1_INLINE A polynomial(A x) {
+  constexpr A c = static_cast<A>(Series::coefficient(I));
+  if constexpr (I == Series::TERMS - 1) {
+    return c;
   } else {
-    return mul_add(polynomial<I + 1>(c, x), x, static_cast<A>(c[I]));
+    return mul_add(polynomial<Series, I + 1>(x), x, c);
   }
 }
 
@@ -94,7 +95,7 @@ struct SoftThreshold {
   static void prepare(double step, double weight, double, Coefficients& c) {
     const double tau = step * weight;
     c.cut = round_down<A>(tau);
-    c.x[0] = tau - c.cut;
+    c.x[0] = fmin(tau - c.cut, 3e38);  // infinity - infinity would be NaN
   }
 
   A cut, rest;  // tau, in two parts
@@ -102,7 +103,7 @@ struct SoftThreshold {
   TL1_INLINE explicit SoftThreshold(const Coefficients& c) : cut(A(c.cut)), rest(A(c.x[0])) {}
 
   template <class Loop>
-  TL1_INLINE void magnitude(Loop loop) const {
+  TL1_INLINE void with_prox(Loop loop) const {
     const SoftThreshold self = *this;
     loop([self](A size) { return (size - self.cut) - self.rest; });
   }
@@ -117,34 +118,52 @@ struct SoftThreshold {
 // tl1_constants.py finds them again and says how good they are.
 constexpr double TL1_GENTLE_Q = 0.125;
 // P - 1 = q * polynomial(q), for q <= 1/8: relative error 4.7e-09
-constexpr double TL1_GENTLE[] = {
-    2.9629513372710399e-1,
-    1.5372386364526834e-1,
-    9.546204620656462e-2,
-    8.7659739938447941e-2,
+struct Tl1Gentle {
+  static constexpr int TERMS = 4;
+  TL1_INLINE static constexpr double coefficient(int i) {
+    const double c[TERMS] = {
+        2.9629513372710399e-1,
+        1.5372386364526834e-1,
+        9.546204620656462e-2,
+        8.7659739938447941e-2,
+    };
+    return c[i];
+  }
 };
 // P - 1 = x * polynomial(x), x = 1 - u, for q <= 1: relative error 1.1e-08
-constexpr double TL1_STEEP[] = {
-    5.9259086159632275e-1,
-    3.1832810285811126e-1,
-    1.6443365909525517e-1,
-    9.6574918154151067e-2,
-    -8.7712096137369075e-3,
-    1.6815378026226187e-1,
-    -2.4281597083396648e-1,
-    2.7617415935046862e-1,
-    -1.6115764230278867e-1,
-    4.6489316343003194e-2,
+struct Tl1Steep {
+  static constexpr int TERMS = 10;
+  TL1_INLINE static constexpr double coefficient(int i) {
+    const double c[TERMS] = {
+        5.9259086159632275e-1,
+        3.1832810285811126e-1,
+        1.6443365909525517e-1,
+        9.6574918154151067e-2,
+        -8.7712096137369075e-3,
+        1.6815378026226187e-1,
+        -2.4281597083396648e-1,
+        2.7617415935046862e-1,
+        -1.6115764230278867e-1,
+        4.6489316343003194e-2,
+    };
+    return c[i];
+  }
 };
 // z - 1 = x * polynomial(x), x = 1 - u, for q <= 1: relative error 1.1e-08
-constexpr double TL1_Z[] = {
-    -1.1111194051270547e-1,
-    -1.6441318598217125e-2,
-    -4.4232045686194067e-3,
-    -7.7728552816301757e-4,
-    -1.5926046476784248e-3,
-    9.31337314034989e-4,
-    -5.5957009711010404e-4,
+struct Tl1Z {
+  static constexpr int TERMS = 7;
+  TL1_INLINE static constexpr double coefficient(int i) {
+    const double c[TERMS] = {
+        -1.1111194051270547e-1,
+        -1.6441318598217125e-2,
+        -4.4232045686194067e-3,
+        -7.7728552816301757e-4,
+        -1.5926046476784248e-3,
+        9.31337314034989e-4,
+        -5.5957009711010404e-4,
+    };
+    return c[i];
+  }
 };
 
 template <class A>
@@ -155,34 +174,33 @@ struct TransformedL1 {
     const bool continuous = d <= 0.5;
     c.cut = continuous ? tau * (1 + 1 / a) : sqrt(2 * tau) * sqrt(a + 1) - a / 2;
     c.cut = round_down<A>(c.cut);
-    // Beyond these a, y^2 or D would leave the type's range; TL1 is l0 or l1 there to all digits.
-    constexpr double LARGEST = sizeof(A) == 4 ? 1e15 : 1e100;
-    c.x[0] = fmin(fmax(a, 1 / LARGEST), LARGEST);
-    c.x[1] = fmin(tau * c.x[0] * (c.x[0] + 1), sizeof(A) == 4 ? 1e37 : 1e300);
-    c.x[2] = continuous && 6.75 * d <= TL1_GENTLE_Q * (1 + d) * (1 + d) * (1 + d);
-    // What rounding takes from a: here exact where it matters, at the threshold, y = a (1 + d).
-    const double a_low = c.x[0] - static_cast<double>(static_cast<A>(c.x[0]));
-    if (c.x[2] != 0 && sizeof(A) == 4) c.x[1] *= 1 - 2 * a_low / (c.x[0] * (1 + d));
+    // Within these, no power of y that `by_polynomial` forms leaves float32's range.
+    const bool usual = sizeof(A) == 4 && a >= 1e-6 && a <= 1e10 && tau >= 1e-24 && tau <= 1e5;
+    const bool gentle = continuous && 6.75 * d <= TL1_GENTLE_Q * (1 + d) * (1 + d) * (1 + d);
+    c.x[0] = fmin(fmax(a, 1e-100), 1e100);  // beyond that, TL1 is l0 or l1 to all digits
+    c.x[1] = tau * c.x[0] * (c.x[0] + 1);
+    c.x[2] = !usual ? WIDE : gentle ? GENTLE : STEEP;
+    // D as `gentle` takes it, with what rounding took from a: exact at the threshold, y = a (1 + d).
+    const double a_low = a - static_cast<double>(static_cast<A>(a));
+    c.x[3] = c.x[1] * (c.x[2] == GENTLE ? 1 - 2 * a_low / (a * (1 + d)) : 1);
   }
 
-  double exact_a, exact_d;
+  static constexpr double WIDE = 0, GENTLE = 1, STEEP = 2;
+  double exact_a, exact_d, way;
   A cut, a, a_low, d, k;
-  bool gentle;
 
   TL1_INLINE explicit TransformedL1(const Coefficients& c)
-      : exact_a(c.x[0]), exact_d(c.x[1]), cut(A(c.cut)), a(A(exact_a)),
-        a_low(A(exact_a - double(a))), d(A(exact_d)), k(A(6.75 * exact_d)), gentle(c.x[2] != 0) {}
+      : exact_a(c.x[0]), exact_d(c.x[1]), way(c.x[2]), cut(A(c.cut)), a(A(exact_a)),
+        a_low(A(exact_a - double(a))), d(A(c.x[3])), k(A(6.75 * exact_d)) {}
 
   template <class Loop>
-  TL1_INLINE void magnitude(Loop loop) const {
+  TL1_INLINE void with_prox(Loop loop) const {
     const TransformedL1 self = *this;
-    if constexpr (sizeof(A) == 8 || !FUSED) {
-      loop([self](A size) { return static_cast<A>(self.by_newton(size)); });
-    } else if (gentle) {
-      loop([self](A size) { return self.by_polynomial<true>(size); });
-    } else {
-      loop([self](A size) { return self.by_polynomial<false>(size); });
+    if constexpr (sizeof(A) == 4 && FUSED) {
+      if (way == GENTLE) return loop([self](A size) { return self.by_polynomial<true>(size); });
+      if (way == STEEP) return loop([self](A size) { return self.by_polynomial<false>(size); });
     }
+    loop([self](A size) { return static_cast<A>(self.by_newton(size)); });
   }
 
   // In units of Y = -2 y, which save a multiplication. `c` carries what rounding took from y: with
@@ -199,23 +217,23 @@ struct TransformedL1 {
     const float q = (-8 * k * inverse) * y_inverse;
     float excess;  // (1 + c) P - 1
     if constexpr (Gentle) {
-      excess = mul_add(q, polynomial(TL1_GENTLE, q), c);  // c P = c to all digits
+      excess = mul_add(q, polynomial<Tl1Gentle>(q), c);  // c P = c to all digits
     } else {
       const float u = root(magnitude_of(mul_add(-1.5f * q, c, 1 - q)));  // < 0 by rounding alone
-      const float p = (1 - u) * polynomial(TL1_STEEP, 1 - u);
+      const float p = (1 - u) * polynomial<Tl1Steep>(1 - u);
       excess = mul_add(c, 1 + p, p);
     }
     return at_least_0(mul_add(-mul_add(4 * d, excess, 4 * d), inverse, size));
   }
 
-  // For float64, and for float32 without FMA. z = cos(acos(u) / 3) gives r = (4 z^2 - 1) / 3; its
+  // For float64, for float32 without FMA, and for float32 far out. z = cos(acos(u) / 3) gives r = (4 z^2 - 1) / 3; its
   // cubic 4 z^3 - 3 z = u has no double root, so a Newton step squares the polynomial's error.
   TL1_INLINE double by_newton(double size) const {
     const double inverse = 1 / (exact_a + size);
     const double quotient = exact_d * inverse * inverse;
     const double left = 1 - 6.75 * (quotient * inverse);
     const double u = root(magnitude_of(left));  // below 0 by rounding alone
-    double z = 1 + (1 - u) * polynomial(TL1_Z, 1 - u);
+    double z = 1 + (1 - u) * polynomial<Tl1Z>(1 - u);
     const double square = 4 * z * z;
     z -= (z * (square - 3) - u) / (3 * square - 3);
     const double r = (4 * z * z - 1) / 3;

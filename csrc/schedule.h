@@ -37,20 +37,27 @@ constexpr int64_t MEASURE_TILE = 1 << 18;  // weights
 constexpr int64_t ROW_TILES = 64;          // at most, and
 constexpr int64_t ROWS = 32;               // at least: what bounds the memory of the sums
 
-inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t width(const Step& s) { return s.groups * s.inner; }
+
+// Groups that a tile touches.
+inline int64_t n_groups(const Tile& t, int64_t inner) {
+  return (t.col1 - 1) / inner - t.col0 / inner + 1;
+}
 
 // Columns that a thread holds until their norms are known, whole groups; 0 if that cannot be.
 inline int64_t resident_strip(const Step& s) {
-  const int64_t width = s.width(), limit = s.inner < SHORT_RUN ? COLUMNS : RESIDENT;
+  const int64_t row_width = width(s), limit = s.inner < SHORT_RUN ? COLUMNS : RESIDENT;
   const int64_t most = std::min(RESIDENT / s.outer, limit) / s.inner * s.inner;
   if (s.outer == 1) {
     return std::min(most, std::max(s.inner, SMALL_STRIP / s.inner * s.inner));
   }
-  return most >= width ? width : (most >= STREAM ? most : 0);
+  return most >= row_width ? row_width : (most >= STREAM ? most : 0);
 }
 
 inline void flat(const Step& s, int64_t index, Schedule& plan) {
-  const int64_t size = s.blocks * s.outer * s.width();
+  const int64_t size = s.blocks * s.outer * width(s);
   for (int64_t at = 0; at < size; at += FLAT_TILE) {
     plan.first.push_back({Phase::flat, index, 0, 0, 1, at, std::min(at + FLAT_TILE, size), 0,
                           nullptr, nullptr});
@@ -58,24 +65,24 @@ inline void flat(const Step& s, int64_t index, Schedule& plan) {
 }
 
 inline void resident(const Step& s, int64_t index, int64_t base, int64_t strip, Schedule& plan) {
-  const int64_t width = s.width();
+  const int64_t row_width = width(s);
   const int64_t columns = strip * std::max<int64_t>(1, FLAT_TILE / (strip * s.outer));
-  for (int64_t col = 0; col < width; col += columns) {
+  for (int64_t col = 0; col < row_width; col += columns) {
     plan.first.push_back({Phase::resident, index, base, 0, s.outer, col,
-                          std::min(col + columns, width), strip, nullptr, nullptr});
+                          std::min(col + columns, row_width), strip, nullptr, nullptr});
   }
 }
 
 inline void two_sweeps(const Step& s, int64_t index, int64_t base, Schedule& plan) {
-  const int64_t width = s.width();
-  const int64_t rows = std::max(ROWS, up(s.outer, ROW_TILES));
+  const int64_t row_width = width(s);
+  const int64_t rows = std::max(ROWS, ceil_div(s.outer, ROW_TILES));
   int64_t columns = std::max(STREAM, MEASURE_TILE / std::min(rows, s.outer));
   if (s.inner < SHORT_RUN) columns = std::min(columns, COLUMNS) / s.inner * s.inner;
   const size_t first_tile = plan.first.size();
   for (int64_t row = 0; row < s.outer; row += rows) {
-    for (int64_t col = 0; col < width; col += columns) {
+    for (int64_t col = 0; col < row_width; col += columns) {
       plan.first.push_back({Phase::measure, index, base, row, std::min(row + rows, s.outer), col,
-                            std::min(col + columns, width), 0, nullptr, nullptr});
+                            std::min(col + columns, row_width), 0, nullptr, nullptr});
     }
   }
   plan.between.push_back({index, first_tile, plan.first.size(), plan.factors.size()});
@@ -86,7 +93,7 @@ inline Schedule of(const std::vector<Step>& steps) {
   Schedule plan;
   for (size_t i = 0; i < steps.size(); i++) {
     const Step& s = steps[i];
-    const int64_t index = static_cast<int64_t>(i), size = s.outer * s.width();
+    const int64_t index = static_cast<int64_t>(i), size = s.outer * width(s);
     if (s.blocks * size == 0) continue;
     if (s.group_threshold < 0) {
       flat(s, index, plan);
@@ -104,7 +111,7 @@ inline Schedule of(const std::vector<Step>& steps) {
   // Only now that nothing grows any more: where each tile's sums and factors are.
   size_t n_sums = 0;
   for (const Tile& t : plan.first) {
-    if (t.phase == Phase::measure) n_sums += t.n_groups(steps[t.step].inner);
+    if (t.phase == Phase::measure) n_sums += n_groups(t, steps[t.step].inner);
   }
   plan.sums.resize(n_sums);
   double* sums = plan.sums.data();
@@ -112,7 +119,7 @@ inline Schedule of(const std::vector<Step>& steps) {
     for (size_t i = r.first_tile; i < r.last_tile; i++) {
       Tile& t = plan.first[i];
       t.sums = sums;
-      sums += t.n_groups(steps[t.step].inner);
+      sums += n_groups(t, steps[t.step].inner);
       plan.second.push_back(t);
       plan.second.back().phase = Phase::finish;
       plan.second.back().factors = plan.factors.data() + r.factors;
@@ -125,7 +132,7 @@ inline void reduce(const Step& s, const Reduction& r, Schedule& plan) {
   double* factors = plan.factors.data() + r.factors;
   for (size_t i = r.first_tile; i < r.last_tile; i++) {
     const Tile& t = plan.first[i];
-    const int64_t first = t.first_group(s.inner), n = t.n_groups(s.inner);
+    const int64_t first = t.col0 / s.inner, n = n_groups(t, s.inner);
     for (int64_t g = 0; g < n; g++) factors[first + g] += t.sums[g];
   }
   for (int64_t g = 0; g < s.groups; g++) {

@@ -50,9 +50,8 @@ def minimax(f: Callable[[mp.mpf], mp.mpf], high: float, degree: int) -> tuple[li
             right[row] = 1 - 1 / values[i]
         solution = mp.lu_solve(system, right)
         c = [solution[k] for k in range(n - 1)]
-        error = np.array(
-            [float((1 + x * mp.polyval(c[::-1], x)) / y - 1) for x, y in zip(grid, values)]
-        )
+        fitted = [1 + x * mp.polyval(c[::-1], x) for x in grid]
+        error = np.array([float(p / y - 1) for p, y in zip(fitted, values, strict=True)])
         # One extremum for each stretch of one sign.
         edges = np.flatnonzero(np.diff(np.sign(error))) + 1
         stretches = np.split(np.arange(error.size), edges)
@@ -64,20 +63,21 @@ def minimax(f: Callable[[mp.mpf], mp.mpf], high: float, degree: int) -> tuple[li
     return c, float(np.abs(error).max())
 
 
+# name: what it is, the function of x, the end of x's range, degree
 FITS = {
-    "TL1_GENTLE": (
+    "Tl1Gentle": (
         "P - 1 = q * polynomial(q), for q <= 1/8",
         lambda q: p_of(mp.sqrt(1 - q)),
         0.125,
         4,
     ),
-    "TL1_STEEP": (
+    "Tl1Steep": (
         "P - 1 = x * polynomial(x), x = 1 - u, for q <= 1",
         lambda x: p_of(1 - x),
         1.0,
         10,
     ),
-    "TL1_Z": ("z - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: z_of(1 - x), 1.0, 7),
+    "Tl1Z": ("z - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: z_of(1 - x), 1.0, 7),
 }
 
 
@@ -87,9 +87,12 @@ def lines() -> list[str]:
     for name, (what, f, high, degree) in FITS.items():
         c, error = minimax(f, high, degree)
         out.append(f"// {what}: relative error {error:.1e}")
-        out.append(f"constexpr double {name}[] = {{")
-        out += [f"    {mp.nstr(value, 17, min_fixed=-1, max_fixed=1)}," for value in c]
-        out.append("};")
+        out.append(f"struct {name} {{")
+        out.append(f"  static constexpr int TERMS = {len(c)};")
+        out.append("  TL1_INLINE static constexpr double coefficient(int i) {")
+        out.append("    const double c[TERMS] = {")
+        out += [f"        {mp.nstr(value, 17, min_fixed=-1, max_fixed=1)}," for value in c]
+        out += ["    };", "    return c[i];", "  }", "};"]
     return out
 
 

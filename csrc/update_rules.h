@@ -2,6 +2,7 @@
 //
 // A rule is a struct with
 //   STATES                     how many state tensors it has (those shaped like the parameter)
+//   COUNTS                     whether it also has a counter of steps
 //   Rule(s)                    its numbers in the arithmetic type A, from `Scalars`, once per tensor
 //   operator()(p, g, s0, ...)  the updated weight; the state values are updated in place
 // A number that switches something off (no weight decay, plain momentum) selects and does not
@@ -13,14 +14,16 @@
 
 namespace tl1 {
 
-// One tensor's scalars as the Python layer knows them (batch.py). The names are those of
-// SCALAR_NAMES, which tells Python the order.
+// One tensor's scalars by the names that the Python layer gives them: the rule's (batch.py), then
+// the regularizer's terms (penalties.py).
+#define TL1_SCALARS(row)                                                                       \
+  row(lr) row(weight_decay) row(momentum) row(dampening) row(beta1) row(beta2) row(eps)        \
+  row(elementwise) row(group) row(a)
+
+#define TL1_SCALAR_MEMBER(name) double name;
 struct Scalars {
-  double lr, weight_decay, momentum, dampening, beta1, beta2, eps;
-  double elementwise, group, a;  // the regularizer's terms (penalties.py)
+  TL1_SCALARS(TL1_SCALAR_MEMBER)
 };
-constexpr const char* SCALAR_NAMES =
-    "lr weight_decay momentum dampening beta1 beta2 eps elementwise group a";
 
 // What selects between variants of a rule.
 struct Variant {
@@ -36,15 +39,16 @@ struct RuleNumbers {
   double momentum;
   double gain;         // of the gradient in the momentum buffer: 1 - dampening
   double nesterov;     // 0 or 1
-  double rate1, beta2, rate2;  // 1 - beta1, beta2, 1 - beta2
+  double beta1, rate1, beta2, rate2;  // rate = 1 - beta
   double inverse_root;         // 1 / sqrt(the second moment's bias correction)
   double eps;
 };
 
 inline namespace TL1_ISA {
 
-// `step` counts from 1.
-inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, bool adam, double step) {
+// `step` counts from 1 for a rule that counts, Adam; it is 0 for one that does not.
+inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, double step) {
+  const bool adam = step > 0;
   const bool decoupled = adam && variant.decoupled;
   RuleNumbers n{};
   n.sign = variant.maximize ? -1 : 1;
@@ -54,6 +58,7 @@ inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, bool a
   n.momentum = s.momentum;
   n.gain = 1 - s.dampening;
   n.nesterov = variant.nesterov;
+  n.beta1 = s.beta1;
   n.rate1 = 1 - s.beta1;
   n.beta2 = s.beta2;
   n.rate2 = 1 - s.beta2;
@@ -66,6 +71,7 @@ inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, bool a
 template <class A>
 struct Assign {
   static constexpr int STATES = 0;
+  static constexpr bool COUNTS = false;
   explicit TL1_INLINE Assign(const RuleNumbers&) {}
   TL1_INLINE A operator()(A, A g, A&, A&, A&) const { return g; }
 };
@@ -73,6 +79,7 @@ struct Assign {
 template <class A>
 struct Sgd {
   static constexpr int STATES = 0;
+  static constexpr bool COUNTS = false;
   A sign, decay, lr;
   explicit TL1_INLINE Sgd(const RuleNumbers& n)
       : sign(A(n.sign)), decay(A(n.decay)), lr(A(n.lr)) {}
@@ -87,6 +94,7 @@ struct Sgd {
 template <class A>
 struct SgdMomentum {
   static constexpr int STATES = 1;
+  static constexpr bool COUNTS = false;
   A sign, decay, lr, momentum, gain, nesterov;
   explicit TL1_INLINE SgdMomentum(const RuleNumbers& n)
       : sign(A(n.sign)), decay(A(n.decay)), lr(A(n.lr)), momentum(A(n.momentum)),
@@ -103,14 +111,16 @@ struct SgdMomentum {
 template <class A, bool Amsgrad>
 struct AdamRule {
   static constexpr int STATES = Amsgrad ? 3 : 2;
-  A sign, decay, keep, lr, rate1, beta2, rate2, inverse_root, eps;
+  static constexpr bool COUNTS = true;
+  A sign, decay, keep, lr, beta1, rate1, beta2, rate2, inverse_root, eps;
   explicit TL1_INLINE AdamRule(const RuleNumbers& n)
-      : sign(A(n.sign)), decay(A(n.decay)), keep(A(n.keep)), lr(A(n.lr)), rate1(A(n.rate1)),
+      : sign(A(n.sign)), decay(A(n.decay)), keep(A(n.keep)), lr(A(n.lr)), beta1(A(n.beta1)), rate1(A(n.rate1)),
         beta2(A(n.beta2)), rate2(A(n.rate2)), inverse_root(A(n.inverse_root)), eps(A(n.eps)) {}
   TL1_INLINE A operator()(A p, A g, A& mean, A& square, A& largest) const {
     g = sign * g;
     g = decay != 0 ? mul_add(decay, p, g) : g;
-    mean = mul_add(rate1, g - mean, mean);
+    // torch.lerp's two forms: the other one would cancel a large old mean against itself.
+    mean = rate1 < A(0.5) ? mul_add(rate1, g - mean, mean) : mul_add(-beta1, g - mean, g);
     square = mul_add(beta2, square, rate2 * g * g);
     // As torch.maximum: a NaN on either side wins.
     if constexpr (Amsgrad) largest = largest > square || largest != largest ? largest : square;

@@ -51,8 +51,7 @@ class _PlannedGroup(NamedTuple):
     """What a param group's part of a step was made for."""
 
     rule: Rule
-    penalty: str | None
-    group_by: GroupBy
+    penalties: list[str | None]  # None for a tensor that is spared
     entries: list[Entry]
 
 
@@ -180,15 +179,17 @@ class _Proximal(torch.optim.Optimizer):
                 assert param.grad is not None
                 entries.append(Entry(param, param.grad, view, scalars, reg.terms(view)))
                 work.append((rule, reg.penalty, entries[-1]))
-            groups.append(_PlannedGroup(rule, group["penalty"], group["group_by"], entries))
+            penalties = [reg.penalty for reg, _ in regularized]
+            groups.append(_PlannedGroup(rule, penalties, entries))
         return _Planned(plan.Plan(work), options, groups)
 
     def _renew(
         self, planned: _Planned, params: list[list[Tensor]], options: list[tuple[Any, ...]]
     ) -> bool:
         """Fit the last step's batches to this one; return False if they cannot be."""
-        flat = [param for with_grad in params for param in with_grad]
-        if len(options) != len(planned.options) or not planned.batches.renew(flat):
+        if [len(with_grad) for with_grad in params] != [len(g.entries) for g in planned.groups]:
+            return False
+        if not planned.batches.renew([param for with_grad in params for param in with_grad]):
             return False
         for group, there, old, new in zip(
             self.param_groups, planned.groups, planned.options, options, strict=True
@@ -197,10 +198,10 @@ class _Proximal(torch.optim.Optimizer):
                 continue
             regularized = _check_group(group, [entry.param for entry in there.entries])
             rule, scalars = self._rule(group)
-            if (rule, group["penalty"], group["group_by"]) != there[:3]:
+            if rule != there.rule or [reg.penalty for reg, _ in regularized] != there.penalties:
                 return False
             for entry, (reg, view) in zip(there.entries, regularized, strict=True):
-                if view != entry.view:  # min_ndim has changed
+                if view != entry.view:
                     return False
                 entry.scalars, entry.terms = scalars, reg.terms(view)
             planned.batches.forget_tables()
@@ -213,12 +214,22 @@ class _Proximal(torch.optim.Optimizer):
         for group in planned.groups:
             names = (*group.rule.state, *group.rule.counters)
             for entry in group.entries:
-                state = self.state[entry.param] if names else {}
-                if all(n in entry.state and state.get(n) is entry.state[n] for n in names):
+                if not names:
                     continue
-                first = self._start(entry.param, group.rule)
+                param, state = entry.param, self.state[entry.param]
+                if entry.state and all(
+                    state.get(name) is tensor
+                    and (tensor.ndim == 0 or tensor.stride() == param.stride())
+                    for name, tensor in entry.state.items()
+                ):
+                    continue
+                first = self._start(param, group.rule)
+                # Loaded, replaced, or the parameter's own layout or dtype has changed.
                 for name in group.rule.state:
-                    state[name] = laid_out_like(entry.param, state[name])
+                    wide = state[name].to(state_dtype(param.dtype))
+                    state[name] = laid_out_like(param, wide)
+                for name in group.rule.counters:
+                    state[name] = state[name].to(torch.promote_types(state[name].dtype, _COUNTER))
                 entry.state = {name: state[name] for name in names}
                 entry.scalars = {**entry.scalars, **first}
                 only_now = only_now or bool(first)
@@ -233,6 +244,8 @@ class _Proximal(torch.optim.Optimizer):
         """Create the state that `param` lacks; return the scalars that differ on its first step."""
         raise NotImplementedError
 
+
+_COUNTER = torch.float32  # of steps taken, at least
 
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """torch's options that choose how a step runs, not what it does."""
@@ -324,7 +337,7 @@ def _plain(option: Any) -> Any:
     """Return an option as something that compares by value: a tensor may change in place."""
     if isinstance(option, Tensor):
         return option.item() if option.numel() == 1 else option
-    return tuple(map(_plain, option)) if isinstance(option, tuple) else option
+    return tuple(map(_plain, option)) if isinstance(option, (tuple, list)) else option
 
 
 def _zeros_like(param: Tensor) -> Tensor:

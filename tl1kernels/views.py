@@ -122,8 +122,9 @@ def _view(shape: tuple[int, ...], stride: tuple[int, ...], group_by: GroupBy) ->
 
 
 def laid_out_like(param: Tensor, tensor: Tensor) -> Tensor:
-    """Return `tensor` with its elements where the dense `param` has them: itself, or else a copy."""
-    if _same_layout(param.shape, param.stride(), tensor.stride()) and not tensor.is_neg():
+    """Return `tensor`, or a copy with its elements where the dense `param` has them."""
+    plain = not (tensor.is_neg() or tensor._is_zerotensor())  # else torch must make it real
+    if plain and _same_layout(param.shape, param.stride(), tensor.stride()):
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import tl1kernels
 from tl1kernels.batch import SGD, Assign, Batch, Entry, Rule
@@ -42,15 +43,24 @@ def load() -> Path:
         why = report.read_text().strip() if report else "the package was not installed by pip"
         raise FileNotFoundError(f"not built: {why}")
     torch.ops.load_library(str(library))
-    torch.library.register_fake("tl1kernels::step_", lambda *args: None)
+    torch.library.register_fake("tl1kernels::step_", _fake_step)
     return library
+
+
+def _fake_step(params: list[Tensor], grads: list[Tensor], *_: object) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        torch._check(param.device == grad.device, lambda: "params and grads must share a device")
 
 
 def build_info() -> str:
     """Return the library's own words about how it was built, and the instruction set it uses."""
     load()
     ops = torch.ops.tl1kernels
-    return f"{ops.build_info()}; {ops.cpu_build()} of {ops.cpu_builds()}"
+    try:
+        used = ops.cpu_build()
+    except RuntimeError as error:
+        used = str(error)
+    return f"{ops.build_info()}; {used} of {ops.cpu_builds()}"
 
 
 def rejects(batch: Batch) -> str | None:
@@ -59,7 +69,10 @@ def rejects(batch: Batch) -> str | None:
         return f"it has no kernels for {batch.device.type}"
     if batch.penalty is not None and batch.penalty not in _penalties():
         return f"it has no penalty {batch.penalty!r}"
+    torch.ops.tl1kernels.cpu_build()  # raises where TL1KERNELS_CPU names none
     for entry in batch.entries:
+        if entry.param.is_neg():
+            return "a parameter with its negative bit set"
         if entry.grad.dtype != batch.dtype:
             return f"a gradient of {entry.grad.dtype} for a parameter of {batch.dtype}"
     return None

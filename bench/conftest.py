@@ -1,0 +1,124 @@
+"""Timing with both sides interleaved, and the report that a run of bench/ ends in."""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+RESULTS = pytest.StashKey[list]()
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case: ours against one peer, medians of interleaved rounds, in milliseconds."""
+
+    case: str
+    peer: str
+    ours_ms: float
+    peer_ms: float
+    bound: float  # of ours / peer; the promise
+    bytes: int  # that a step must read and write
+
+    @property
+    def ratio(self):
+        """Ours over the peer's."""
+        return self.ours_ms / self.peer_ms
+
+
+def pytest_addoption(parser):
+    parser.addoption("--json-out", help="write the ratios there")
+
+
+def pytest_configure(config):
+    config.stash[RESULTS] = []
+
+
+@pytest.fixture
+def against(benchmark, request):
+    """Time ours (pytest-benchmark's target) with every peer run in between, each round."""
+
+    def run(ours, peers, bounds, n_bytes, rounds=21):
+        times = {name: [] for name in peers}
+
+        def peers_first():
+            for name, peer in peers.items():
+                start = time.perf_counter()
+                peer()
+                times[name].append(time.perf_counter() - start)
+
+        benchmark.pedantic(ours, setup=peers_first, rounds=rounds, warmup_rounds=2)
+        if benchmark.disabled:
+            return
+        ours_ms = benchmark.stats.stats.median * 1e3
+        case = request.node.callspec.id if hasattr(request.node, "callspec") else request.node.name
+        for name in peers:
+            peer_ms = statistics.median(times[name][2:]) * 1e3
+            result = Result(case, name, ours_ms, peer_ms, bounds[name], n_bytes)
+            request.config.stash[RESULTS].append(result)
+            benchmark.extra_info[name] = result.ratio
+        late = [r for r in request.config.stash[RESULTS][-len(peers) :] if r.ratio > r.bound]
+        assert not late, "; ".join(f"{r.ratio:.2f} x {r.peer}, promised {r.bound:g}" for r in late)
+
+    return run
+
+
+def copy_bandwidth():
+    """Return bytes read and written per second by a copy of 64 MiB."""
+    source, target = torch.randn(1 << 24), torch.empty(1 << 24)
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def environment():
+    cpuinfo = Path("/proc/cpuinfo")
+    models = cpuinfo.read_text().split("model name") if cpuinfo.exists() else []
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], check=False, capture_output=True, text=True
+    )
+    return {
+        "processor": models[1].splitlines()[0].strip("\t: ") if len(models) > 1 else "unknown",
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    results = config.stash[RESULTS]
+    if not results:
+        return
+    copy = copy_bandwidth()
+    write = terminalreporter.write_line
+    write("")
+    write(f"copy {copy / 1e9:.1f} GB/s; medians, both sides interleaved in this process")
+    write(f"{'case':34} {'ms':>8} {'GB/s':>7} {'of copy':>8}   {'ratio':>7} {'bound':>7}  peer")
+    for r in results:
+        rate = r.bytes / r.ours_ms * 1e3
+        late = "" if r.ratio <= r.bound else "  LATE"
+        write(
+            f"{r.case:34} {r.ours_ms:8.2f} {rate / 1e9:7.1f} {rate / copy:8.0%}   "
+            f"{r.ratio:7.4f} {r.bound:7.4f}  {r.peer}{late}"
+        )
+    for peer in dict.fromkeys(r.peer for r in results):
+        of_peer = [r.ratio for r in results if r.peer == peer]
+        mean = math.exp(statistics.fmean(map(math.log, of_peer)))
+        write(f"geometric mean {mean:.4f} over {len(of_peer)} cases: {peer}")
+    if config.getoption("--json-out"):
+        rows = [{**asdict(r), "ratio": r.ratio} for r in results]
+        report = {"environment": environment(), "copy_gb_per_s": copy / 1e9, "results": rows}
+        Path(config.getoption("--json-out")).write_text(json.dumps(report, indent=2) + "\n")

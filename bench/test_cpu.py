@@ -1,0 +1,235 @@
+"""What a step costs on the CPU, beside torch's fused optimizers and what people use today.
+
+Run: .venv/bin/python -m pytest bench/test_cpu.py --benchmark-enable --json-out cpu.json
+Two threads; the peers of torchao need `pip install -e '.[bench]'`. Each case first checks its step
+against the reference, and the path that it takes, on fresh random input. A ratio above its bound
+is a failure.
+"""
+
+import math
+
+import pytest
+import torch
+
+import tl1kernels as tk
+from tl1kernels.backends import native
+from tl1kernels.views import view_of
+
+if native.unavailable() is not None:
+    pytest.skip(f"no native library: {native.unavailable()}", allow_module_level=True)
+
+LR, LAM, A, MU = 0.01, 0.05, 1.0, 0.5
+REGULARIZER = {"lam": LAM, "a": A, "mu": MU}
+RULES = {
+    "SGD": (tk.ProxSGD, torch.optim.SGD, {}, 3),
+    "SGD momentum": (tk.ProxSGD, torch.optim.SGD, {"momentum": 0.9}, 5),
+    "AdamW": (tk.ProxAdamW, torch.optim.AdamW, {}, 7),
+}  # ours, torch's, options, reads and writes a weight
+BUILDS = torch.ops.tl1kernels.cpu_builds().split()
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def fresh(shape, dtype=torch.float32):
+    """Return a parameter like a trained layer's, with a gradient."""
+    p = torch.randn(shape).mul_(0.05).to(dtype).requires_grad_()
+    p.grad = torch.randn(shape).mul_(0.01).to(dtype)
+    return p
+
+
+def step_of(rule, p, **regularizer):
+    ours, _, options, _ = RULES[rule]
+    return ours([p], lr=LR, **options, **regularizer).step
+
+
+def torchs_step_of(rule, *params):
+    _, torchs, options, _ = RULES[rule]
+    return torchs(params, lr=LR, fused=True, **options).step
+
+
+def check_step(rule, shape, group_by, dtype, path, **regularizer):
+    """Compare two steps with the reference, and the path with the one that the case is about."""
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(1)
+        p = fresh(shape, dtype)
+        step = step_of(rule, p, group_by=group_by, **regularizer)
+        with tk.use_backend(backend):
+            step()
+            step()
+        results.append(p.detach())
+    got, want = results
+    tolerance = 8 * torch.finfo(dtype).eps * want.abs().max().item()
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+    assert got.eq(0).any() == want.eq(0).any()
+    view = view_of(got, group_by)
+    tiles = torch.ops.tl1kernels.cpu_tiles(view.blocks, view.outer, view.groups, view.inner)
+    assert set(tiles[::7]) == {("flat", "resident", "measure").index(path)}
+
+
+# group_by, path, bounds on AVX-512 of SGD, SGD momentum, AdamW
+ROWS = ("out", "resident", {"SGD": 1.25, "SGD momentum": 1.15, "AdamW": 1.15})
+COLUMNS = ("in", "measure", {"SGD": 2.0, "SGD momentum": 2.0, "AdamW": 1.4})
+SHAPES = {
+    "rows 4096x4096": ((4096, 4096), *ROWS),
+    "columns 4096x4096": ((4096, 4096), *COLUMNS),
+    "columns 4000x4100": ((4000, 4100), *COLUMNS),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_against_torchs_fused(against, name, rule):
+    shape, group_by, path, bounds = SHAPES[name]
+    check_step(rule, shape, group_by, torch.float32, path, **REGULARIZER)
+    p, q = fresh(shape), fresh(shape)
+    slow = 1.0 if BUILDS[0] == "avx512" else 2.0
+    against(
+        step_of(rule, p, group_by=group_by, **REGULARIZER),
+        {f"torch {rule}, fused, no prox": torchs_step_of(rule, q)},
+        {f"torch {rule}, fused, no prox": bounds[rule] * slow},
+        p.nbytes * RULES[rule][3],
+    )
+
+
+@pytest.mark.skipif("avx2" not in BUILDS, reason="no AVX2 on this processor")
+def test_rows_forced_to_avx2(against, monkeypatch):
+    monkeypatch.setenv("TL1KERNELS_CPU", "avx2")
+    assert torch.ops.tl1kernels.cpu_build() == "avx2"
+    check_step("SGD", (4096, 4096), "out", torch.float32, "resident", **REGULARIZER)
+    p, q = fresh((4096, 4096)), fresh((4096, 4096))
+    peer = "torch SGD, fused, no prox"
+    ours = step_of("SGD", p, group_by="out", **REGULARIZER)
+    against(ours, {peer: torchs_step_of("SGD", q)}, {peer: 2.5}, 3 * p.nbytes)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_bfloat16_against_float32(against, rule):
+    """State is float32 for both; the parameter and the gradient are half as large."""
+    check_step(rule, (4096, 4096), "out", torch.bfloat16, "resident", **REGULARIZER)
+    p, q = fresh((4096, 4096), torch.bfloat16), fresh((4096, 4096))
+    peer = f"ours, {rule}, float32"
+    n_bytes = 3 * p.nbytes + (RULES[rule][3] - 3) * 2 * p.nbytes
+    against(
+        step_of(rule, p, group_by="out", **REGULARIZER),
+        {peer: step_of(rule, q, group_by="out", **REGULARIZER)},
+        {peer: 1.0},
+        n_bytes,
+    )
+
+
+@pytest.mark.parametrize("zeros", [0.9])
+def test_rows_mostly_zero(against, zeros):
+    p, q = fresh((4096, 4096)), fresh((4096, 4096))
+    with torch.no_grad():
+        p.mul_(torch.rand_like(p) > zeros)
+        p.grad.mul_(p != 0)
+    peer = "ours, dense"
+    ours, dense = (step_of("SGD", x, group_by="out", **REGULARIZER) for x in (p, q))
+    against(ours, {peer: dense}, {peer: 1.1}, 3 * p.nbytes)
+
+
+@torch.no_grad()
+def eager_step(p, g):
+    """Take the step as a user would type it from the paper: SGD, eq. 11, group lasso on rows."""
+    tau, c = LR * LAM * MU, LR * LAM * (1 - MU)
+    v = p - LR * g
+    if tau <= A * A / (2 * (A + 1)):
+        threshold = tau * (A + 1) / A
+    else:
+        threshold = math.sqrt(2 * tau * (A + 1)) - A / 2
+    size = v.abs()
+    phi = torch.arccos((1 - 27 * tau * A * (A + 1) / (2 * (A + size) ** 3)).clamp(-1, 1))
+    t = v.sign() * (2 / 3 * (A + size) * torch.cos(phi / 3) - 2 * A / 3 + size / 3)
+    t = torch.where(size <= threshold, 0.0, t)
+    norm = t.norm(dim=1, keepdim=True)
+    p.copy_(t * torch.where(norm > 0, (1 - c / norm).clamp(min=0), 0.0))
+
+
+def test_the_papers_step_eager_and_compiled(against):
+    p, q, r = (fresh((4096, 4096)) for _ in range(3))
+    with torch.no_grad():
+        wide = p.double()
+    wide.grad = p.grad.double()
+    eager_step(wide, wide.grad)
+    other = p.detach().clone().requires_grad_()
+    other.grad = p.grad
+    step_of("SGD", other, group_by="out", **REGULARIZER)()
+    torch.testing.assert_close(other.double(), wide, rtol=0, atol=1e-6)
+    compiled = torch.compile(eager_step)
+    against(
+        step_of("SGD", p, group_by="out", **REGULARIZER),
+        {
+            "the paper's step, eager": lambda: eager_step(q, q.grad),
+            "the paper's step, torch.compile": lambda: compiled(r, r.grad),
+        },
+        {"the paper's step, eager": 1 / 60, "the paper's step, torch.compile": 1 / 8},
+        3 * p.nbytes,
+        rounds=9,
+    )
+
+
+PAT = {
+    "rows": ("ProxGroupLasso", "Dim0Grouper", {"group_by": "out", "penalty": None}, 3.5),
+    "columns": ("ProxGroupLasso", "Dim1Grouper", {"group_by": "in", "penalty": None}, 12),
+    "lasso": ("ProxLasso", "ElemGrouper", {"group_by": None, "penalty": "l1"}, 25),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+@pytest.mark.parametrize("job", PAT)
+def test_torchao_pat_on_its_own_job(against, job):
+    """Its prox runs on SGD(fused=True) and keeps a second copy of the weights."""
+    optim = pytest.importorskip("torchao.prototype.pat.optim", reason="pip install -e '.[bench]'")
+    prox_type, group_type, options, speed_up = PAT[job]
+    p, q = fresh((4096, 4096)), fresh((4096, 4096))
+    group = {"params": [q], "prox_type": prox_type, "group_type": group_type}
+    pat = optim.PruneOptimizer(torch.optim.SGD([group], lr=LR, fused=True), reg_lambda=LAM)
+    peer = f"torchao PAT, {prox_type}"
+    ours = step_of("SGD", p, lam=LAM, **options)
+    against(ours, {peer: pat.step}, {peer: 1 / speed_up}, 3 * p.nbytes, rounds=9)
+
+
+def resnet50():
+    """Return the shapes of a ResNet-50's 161 parameters (He et al. 2016)."""
+
+    def block(channels, width):
+        yield from ((width, channels, 1, 1), (width,), (width,))
+        yield from ((width, width, 3, 3), (width,), (width,))
+        yield from ((4 * width, width, 1, 1), (4 * width,), (4 * width,))
+
+    shapes, channels = [(64, 3, 7, 7), (64,), (64,)], 64
+    for width, depth in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(depth):
+            shapes += block(channels, width)
+            if i == 0:
+                shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
+            channels = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+@pytest.mark.parametrize("groups", ["one param group", "one for each layer"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_resnet50s_parameters(against, rule, groups):
+    shapes = resnet50()
+    assert len(shapes) == 161
+    ours, _, options, traffic = RULES[rule]
+    mine, theirs = ([fresh(shape) for shape in shapes] for _ in range(2))
+    assert sum(p.numel() for p in mine) == 25_557_032
+    given = mine
+    if groups == "one for each layer":
+        given = [
+            {"params": [p], "lam": LAM * (p.ndim > 1), "mu": i / len(mine)}
+            for i, p in enumerate(mine)
+        ]
+    step = ours(given, lr=LR, **options, **REGULARIZER).step
+    peer = f"torch {rule}, fused, no prox"
+    n_bytes = traffic * sum(p.nbytes for p in mine)
+    bound = {"SGD": 1.25}.get(rule, 1.15)
+    against(step, {peer: torchs_step_of(rule, *theirs)}, {peer: bound}, n_bytes)
