@@ -245,16 +245,18 @@ class Runner {
   void fold_columns(double* sums) const {
     if (!short_runs) return;
     const double* column = work.columns;
-    for (int64_t g = 0; g * inner < columns; g++) {
-      for (int64_t i = 0; i < inner; i++) sums[g] += column[g * inner + i];
+    const int64_t groups = columns / inner, stride = inner;
+    for (int64_t i = 0; i < inner; i++) {
+      SIMD for (int64_t g = 0; g < groups; g++) sums[g] += column[g * stride + i];
     }
   }
 
   // Short runs: the factors of the groups from `origin` on, one for each column.
   A* spread(const double* factors) const {
     A* by_column = reinterpret_cast<A*>(work.spread);
-    for (int64_t g = 0; g * inner < columns; g++) {
-      for (int64_t i = 0; i < inner; i++) by_column[g * inner + i] = static_cast<A>(factors[g]);
+    const int64_t groups = columns / inner, stride = inner;
+    for (int64_t i = 0; i < inner; i++) {
+      SIMD for (int64_t g = 0; g < groups; g++) by_column[g * stride + i] = A(factors[g]);
     }
     return by_column;
   }
@@ -318,7 +320,8 @@ class Runner {
     });
     fold_columns(sums);
     const int64_t groups = columns / inner;
-    for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], step.group_threshold);
+    const double threshold = step.group_threshold;
+    SIMD for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], threshold);
     const A* by_column = short_runs ? spread(sums) : nullptr;
     for (int64_t row = tile.row0; row < tile.row1; row++) {
       const int64_t at = address(row, origin);

@@ -14,7 +14,7 @@ enum class Stored { float32, float64, bfloat16, float16 };
 
 constexpr int MAX_STATES = 3;
 constexpr int64_t BLOCK = 128;         // weights that go through the stages together, in L1
-constexpr int64_t AHEAD = 2 * BLOCK;   // how far ahead of them memory is fetched
+constexpr int64_t AHEAD = 4 * BLOCK;   // how far ahead of them memory is fetched
 constexpr int64_t CHUNK = 64;          // weights that skip a threshold's root together
 constexpr int64_t SHORT_RUN = 64;      // runs of a group shorter than this are summed by column
 constexpr int64_t COLUMNS = 8192;      // columns summed side by side; a tile of short runs has no more

@@ -113,10 +113,21 @@ struct SoftThreshold {
 // D = tau a (a + 1), the prox is |v| - D P / y^2, where P = 1 / r^2 and r in [2/3, 1] is the
 // largest root of r^3 - r^2 + (4/27) q = 0 for q = (27/4) D / y^3. The published form subtracts
 // terms of order a; this one loses nothing, and P is a polynomial:
-//   gentle: in q itself, where the threshold's q is at most 1/8 (tau below about a^2 / 50)
-//   steep:  in 1 - sqrt(1 - q)
+//   gentle:   in q itself, where the threshold's q is at most 1/8 (tau below about a^2 / 50)
+//   gentlest: a shorter one, up to 1/64 (tau below about a^2 / 430)
+//   steep:    in 1 - sqrt(1 - q)
 // tl1_constants.py finds them again and says how good they are.
-constexpr double TL1_GENTLE_Q = 0.125;
+// P - 1 = q * polynomial(q), for q <= 1/64: relative error 1.5e-08
+struct Tl1Gentlest {
+  static constexpr int TERMS = 2;
+  TL1_INLINE static constexpr double coefficient(int i) {
+    const double c[TERMS] = {
+        2.9628586391148861e-1,
+        1.5578392405236951e-1,
+    };
+    return c[i];
+  }
+};
 // P - 1 = q * polynomial(q), for q <= 1/8: relative error 4.7e-09
 struct Tl1Gentle {
   static constexpr int TERMS = 4;
@@ -176,16 +187,18 @@ struct TransformedL1 {
     c.cut = round_down<A>(c.cut);
     // Within these, no power of y that `by_polynomial` forms leaves float32's range.
     const bool usual = sizeof(A) == 4 && a >= 1e-6 && a <= 1e10 && tau >= 1e-24 && tau <= 1e5;
-    const bool gentle = continuous && 6.75 * d <= TL1_GENTLE_Q * (1 + d) * (1 + d) * (1 + d);
+    const double q = 6.75 * d / ((1 + d) * (1 + d) * (1 + d));  // at a continuous threshold
+    const double way = !continuous || q > 0.125 ? STEEP : q > 1.0 / 64 ? GENTLE : GENTLEST;
     c.x[0] = fmin(fmax(a, 1e-100), 1e100);  // beyond that, TL1 is l0 or l1 to all digits
     c.x[1] = tau * c.x[0] * (c.x[0] + 1);
-    c.x[2] = !usual ? WIDE : gentle ? GENTLE : STEEP;
-    // D as `gentle` takes it, with what rounding took from a: exact at the threshold, y = a (1 + d).
+    c.x[2] = usual ? way : WIDE;
+    // D as the gentle ways take it, with what rounding took from a: exact at the threshold, where
+    // y = a (1 + d).
     const double a_low = a - static_cast<double>(static_cast<A>(a));
-    c.x[3] = c.x[1] * (c.x[2] == GENTLE ? 1 - 2 * a_low / (a * (1 + d)) : 1);
+    c.x[3] = c.x[1] * (way == STEEP ? 1 : 1 - 2 * a_low / (a * (1 + d)));
   }
 
-  static constexpr double WIDE = 0, GENTLE = 1, STEEP = 2;
+  static constexpr double WIDE = 0, GENTLEST = 1, GENTLE = 2, STEEP = 3;
   double exact_a, exact_d, way;
   A cut, a, a_low, d, k;
 
@@ -197,30 +210,32 @@ struct TransformedL1 {
   TL1_INLINE void with_prox(Loop loop) const {
     const TransformedL1 self = *this;
     if constexpr (sizeof(A) == 4 && FUSED) {
-      if (way == GENTLE) return loop([self](A size) { return self.by_polynomial<true>(size); });
-      if (way == STEEP) return loop([self](A size) { return self.by_polynomial<false>(size); });
+      if (way == GENTLEST) return loop([=](A x) { return self.by_polynomial<Tl1Gentlest>(x); });
+      if (way == GENTLE) return loop([=](A x) { return self.by_polynomial<Tl1Gentle>(x); });
+      if (way == STEEP) return loop([=](A x) { return self.by_polynomial<Tl1Steep>(x); });
     }
     loop([self](A size) { return static_cast<A>(self.by_newton(size)); });
   }
 
   // In units of Y = -2 y, which save a multiplication. `c` carries what rounding took from y: with
   // it 1 / y^2 becomes (1 + c) / y^2, and q becomes q (1 + 3/2 c).
-  template <bool Gentle>
+  template <class Series>
   TL1_INLINE float by_polynomial(float size) const {
+    constexpr bool STEEPLY = Series::TERMS == Tl1Steep::TERMS;
     const float within = at_most(size, 1e18f);  // y^2 must not overflow; w is |v| there anyway
     const float y = mul_add(-2.0f, within, -2 * a);
     float lost = mul_add(4.0f, within, mul_add(2.0f, y, 4 * a));
-    if constexpr (!Gentle) lost += 4 * a_low;
+    if constexpr (STEEPLY) lost += 4 * a_low;
     const float inverse = 1 / (y * y);
     const float y_inverse = inverse * y;
     const float c = lost * y_inverse;
     const float q = (-8 * k * inverse) * y_inverse;
     float excess;  // (1 + c) P - 1
-    if constexpr (Gentle) {
-      excess = mul_add(q, polynomial<Tl1Gentle>(q), c);  // c P = c to all digits
+    if constexpr (!STEEPLY) {
+      excess = mul_add(q, polynomial<Series>(q), c);  // c P = c to all digits
     } else {
       const float u = root(magnitude_of(mul_add(-1.5f * q, c, 1 - q)));  // < 0 by rounding alone
-      const float p = (1 - u) * polynomial<Tl1Steep>(1 - u);
+      const float p = (1 - u) * polynomial<Series>(1 - u);
       excess = mul_add(c, 1 + p, p);
     }
     return at_least_0(mul_add(-mul_add(4 * d, excess, 4 * d), inverse, size));

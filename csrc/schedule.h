@@ -133,10 +133,12 @@ inline void reduce(const Step& s, const Reduction& r, Schedule& plan) {
   for (size_t i = r.first_tile; i < r.last_tile; i++) {
     const Tile& t = plan.first[i];
     const int64_t first = t.col0 / s.inner, n = n_groups(t, s.inner);
-    for (int64_t g = 0; g < n; g++) factors[first + g] += t.sums[g];
+    const double* sums = t.sums;
+    _Pragma("omp simd") for (int64_t g = 0; g < n; g++) factors[first + g] += sums[g];
   }
-  for (int64_t g = 0; g < s.groups; g++) {
-    factors[g] = shrink_factor(factors[g], s.group_threshold);
+  const double threshold = s.group_threshold;
+  _Pragma("omp simd") for (int64_t g = 0; g < s.groups; g++) {
+    factors[g] = shrink_factor(factors[g], threshold);
   }
 }
 

@@ -65,6 +65,12 @@ def minimax(f: Callable[[mp.mpf], mp.mpf], high: float, degree: int) -> tuple[li
 
 # name: what it is, the function of x, the end of x's range, degree
 FITS = {
+    "Tl1Gentlest": (
+        "P - 1 = q * polynomial(q), for q <= 1/64",
+        lambda q: p_of(mp.sqrt(1 - q)),
+        1 / 64,
+        2,
+    ),
     "Tl1Gentle": (
         "P - 1 = q * polynomial(q), for q <= 1/8",
         lambda q: p_of(mp.sqrt(1 - q)),

@@ -320,17 +320,15 @@ def _check_group(
         raise ValueError(f"min_ndim must be an int >= 0, got {min_ndim!r}")
     reg = Regularizer.of(group)
     reg.check_step("lr", number("lr", group["lr"]))
+    spared = Regularizer(penalty=reg.penalty)  # lam = 0: the same batch as the others
     regularized = []
     for param in group["params"] if params is None else params:
         plan.check_tensor("params", param)
         if params is not None and param.grad is not None:
             plan.check_tensor("grad", param.grad)
-        here = reg if param.ndim >= min_ndim else _NONE
+        here = reg if param.ndim >= min_ndim else spared
         regularized.append((here, view_of(param, here.group_by)))
     return regularized
-
-
-_NONE = Regularizer(penalty=None)
 
 
 def _plain(option: Any) -> Any:

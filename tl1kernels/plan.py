@@ -80,7 +80,10 @@ def _layout(entry: Entry) -> tuple[object, ...]:
     param, grad = entry.param, entry.grad
     if grad.layout != torch.strided:
         return (grad.layout,)
-    return param.stride(), param.shape, param.dtype, param.device, grad.dtype, grad.device
+    return (
+        *(param.stride(), param.shape, param.dtype, param.device),
+        *(grad.stride(), grad.dtype, grad.device, grad.is_neg(), grad._is_zerotensor()),
+    )
 
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -83,9 +83,12 @@ def run(batch: Batch) -> None:
     if not batch.tables:
         batch.tables.update(_tables(batch))
     tables, rule = batch.tables, batch.rule
+    grads = [entry.grad for entry in batch.entries]
+    for i in tables["apart"]:
+        grads[i] = laid_out_like(batch.entries[i].param, grads[i])
     torch.ops.tl1kernels.step_(
         tables["params"],
-        [laid_out_like(entry.param, entry.grad) for entry in batch.entries],
+        grads,
         tables["state"],
         tables["views"],
         tables["scalars"],
@@ -109,6 +112,12 @@ def _tables(batch: Batch) -> dict[str, Any]:
     return {
         "params": params,
         "state": state,
+        # Gradients whose memory is not ordered as their parameter's.
+        "apart": [
+            i
+            for i, entry in enumerate(batch.entries)
+            if laid_out_like(entry.param, entry.grad) is not entry.grad
+        ],
         "written": [*params, *state],
         "views": torch.tensor(views, dtype=torch.int64, device="cpu"),
         "scalars": torch.tensor(scalars, dtype=torch.float64, device="cpu"),
