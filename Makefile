@@ -1,11 +1,13 @@
 # make demo   set up, then train DIGITS with every method: table, curves, filters, sparse models
 # make test   set up, then linters and the whole test suite
+# make bench  set up with the peers, then time the CPU kernels against them
+# make sanitize   the kernels' tests under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test setup clean
+.PHONY: demo test bench sanitize setup clean
 
 demo: setup
 	$(BIN)/tl1kernels train digits --out runs/digits
@@ -16,6 +18,25 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 	$(BIN)/tl1kernels verify --backend reference
+	$(BIN)/tl1kernels verify
+
+bench: setup
+	$(PIP) --no-build-isolation -e '.[bench]'
+	$(BIN)/python -m pytest bench --benchmark-enable --json-out bench/results/cpu.json
+
+# A library of its own, found before the installed one.
+CXX ?= c++
+sanitize: setup
+	$(BIN)/cmake -S csrc -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_CXX_FLAGS='-g -fsanitize=address,undefined -fno-sanitize-recover=all'
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -c "import sys, pytest, tl1kernels; \
+	    tl1kernels.__path__.insert(0, 'build/sanitize'); \
+	    sys.exit(pytest.main(['tests/test_native.py', 'tests/test_prox.py', '-k', \
+	    'not memory and not 2_to_the_31_weights', '--deselect', \
+	    'tests/test_native.py::test_in_a_compiled_function_without_a_graph_break']))"
 
 setup: $(VENV)/.done
 

@@ -1,21 +1,38 @@
 """verify: passes on the truth, fails on planted errors, and can be repeated."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
 
 import tl1kernels as tk
-from tl1kernels import cli, oracles
+from tl1kernels import backends, cli, oracles
 from tl1kernels.backends import reference
 from tl1kernels.penalties import Penalty
-from tl1kernels.verify import verify
+from tl1kernels.verify import GROUPINGS, RULES, verify
 
 
-def test_the_reference_passes():
-    report = verify("reference")
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_every_backend_passes(backend):
+    reason = backends.BACKENDS[backend].unavailable()
+    if reason:
+        pytest.skip(reason)
+    report = verify(backend)
     assert report.passed, str(report)
-    assert len(report.checks) > 30
+    rows = {(check.section, check.row, check.dtype) for check in report.checks}
+    assert len(rows) == len(report.checks) > 500
+
+
+def test_the_table_has_a_cell_for_every_rule_penalty_view_and_dtype():
+    report = verify("reference", 0)
+    text = str(report)
+    for section in RULES:
+        assert f"step {section}: largest error" in text
+    for penalty, group_by in product(("no penalty", *tk.PENALTIES), GROUPINGS):
+        row = f"{penalty}, group_by={group_by}"
+        assert sum(check.row == row for check in report.checks) == 4 * len(RULES)
+        assert text.count(f"  {row} ") == len(RULES)
 
 
 def plant_wrong_coefficient(monkeypatch):
@@ -78,7 +95,7 @@ def plant_doubled_eps(monkeypatch):
 )
 def test_a_planted_error_fails(monkeypatch, capsys, plant):
     plant(monkeypatch)
-    assert cli.main(["verify", "--seed", "3"]) == 1
+    assert cli.main(["verify", "--backend", "reference", "--seed", "3"]) == 1
     assert "FAIL" in capsys.readouterr().out
 
 

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     verify = commands.add_parser("verify", help="check a backend against independent oracles")
-    verify.add_argument("--backend", default="reference", help="name of a backend [%(default)s]")
+    verify.add_argument("--backend", help="name of a backend [the one that CPU tensors run on]")
     verify.add_argument("--seed", type=_count, help="of the random input [a fresh one, printed]")
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verify.set_defaults(run=_verify)
@@ -104,10 +104,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from tl1kernels import backends
+
     with _extra("test", "verify"):
         from tl1kernels.verify import verify
-    _require(args.backend)
-    report = verify(args.backend, args.seed)
+    backend = args.backend or backends.asked_for() or backends.preferred("cpu")
+    _require(backend)
+    report = verify(backend, args.seed)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0 if report.passed else 1
 

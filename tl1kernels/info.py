@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tl1kernels.backends import BACKENDS, PREFERENCE, asked_for, native
+from tl1kernels.backends import BACKENDS, asked_for, native, preferred
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def info() -> Info:
         devices["cuda"] = torch.cuda.get_device_name()
     backends = {name: b.unavailable() or "available" for name, b in BACKENDS.items()}
     asked = asked_for()
-    runs_on = {device: asked or _preferred(device, backends) for device in devices}
+    runs_on = {device: asked or preferred(device) for device in devices}
     if asked is not None and backends.get(asked) != "available":
         why = backends.get(asked, "no such backend")
         runs_on = dict.fromkeys(devices, f"nothing: {asked!r} was asked for: {why}")
@@ -78,7 +78,3 @@ def info() -> Info:
         native=problem or native.build_info(),
         asked_for=asked,
     )
-
-
-def _preferred(device: str, backends: dict[str, str]) -> str:
-    return next(name for name in PREFERENCE[device] if backends[name] == "available")

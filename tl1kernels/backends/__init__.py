@@ -67,6 +67,12 @@ def asked_for() -> str | None:
     return (os.environ.get(ENVIRONMENT) or None) if chosen == _UNSET else chosen
 
 
+def preferred(device_type: str) -> str:
+    """Return the name of the first backend for a device type that can run on this machine."""
+    names = PREFERENCE.get(device_type, ("reference",))
+    return next(name for name in names if BACKENDS[name].unavailable() is None)
+
+
 def select(batch: Batch, name: str | None = None) -> str:
     """Return the name of the backend that runs `batch`.
 
