@@ -194,20 +194,24 @@ class Runner {
     THRESHOLDS<A>[step.penalty](step.coefficients, t, n);
   }
 
-  void put(const A* t, int64_t at, int64_t n) const {
+  void put(const A* t, int64_t at, int64_t n, bool clean) const {
     P* out = param + at;
-    const bool clean = step.clean;
     SIMD for (int64_t i = 0; i < n; i++) store(t[i], clean, out[i]);
+  }
+
+  // factor * t, never -0. In full precision adding +0 in the same operation does it.
+  static void store_scaled(A factor, A t, P& out) {
+    store(mul_add(factor, t, A(0)), !IN_PLACE || !FUSED, out);
   }
 
   void put_scaled(const A* t, A factor, int64_t at, int64_t n) const {
     P* out = param + at;
-    SIMD for (int64_t i = 0; i < n; i++) store(factor * t[i], true, out[i]);
+    SIMD for (int64_t i = 0; i < n; i++) store_scaled(factor, t[i], out[i]);
   }
 
   void put_scaled(const A* t, const A* factors, int64_t at, int64_t n) const {
     P* out = param + at;
-    SIMD for (int64_t i = 0; i < n; i++) store(factors[i] * t[i], true, out[i]);
+    SIMD for (int64_t i = 0; i < n; i++) store_scaled(factors[i], t[i], out[i]);
   }
 
   // Calls f(group, first column, end) for the stretches of one group within columns [col, end).
@@ -293,7 +297,7 @@ class Runner {
     for (int64_t at = tile.col0; at < tile.col1; at += BLOCK) {
       const int64_t n = smaller(BLOCK, tile.col1 - at);
       advance<true>(at, n, t);
-      put(t, at, n);
+      put(t, at, n, step.clean);
     }
   }
 
@@ -313,7 +317,7 @@ class Runner {
       A* t = block;
       if constexpr (!IN_PLACE) t = work.values + index;
       advance<true>(at, n, t);
-      if (IN_PLACE) put(t, at, n);
+      if (IN_PLACE) put(t, at, n, false);
       each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
         add_squares(t + i, col, m, sums);
       });
@@ -343,7 +347,6 @@ class Runner {
     const int64_t first = origin / inner;
     each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
       const A factor = static_cast<A>(factors[group - first]);
-      if (IN_PLACE && factor == 1) return;
       put_scaled(t + (from - col), factor, at + (from - col), to - from);
     });
   }
@@ -353,7 +356,7 @@ class Runner {
     clear_sums(tile.sums);
     each_block([&](int64_t at, int64_t n, int64_t index) {
       advance<IN_PLACE>(at, n, t);
-      if (IN_PLACE) put(t, at, n);
+      if (IN_PLACE) put(t, at, n, false);
       each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
         add_squares(t + i, col, m, tile.sums);
       });

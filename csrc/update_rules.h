@@ -80,11 +80,10 @@ template <class A>
 struct Sgd {
   static constexpr int STATES = 0;
   static constexpr bool COUNTS = false;
-  A sign, decay, lr;
+  A decay, lr;  // times the gradient's sign, which leaves every rounding as it is
   explicit TL1_INLINE Sgd(const RuleNumbers& n)
-      : sign(A(n.sign)), decay(A(n.decay)), lr(A(n.lr)) {}
+      : decay(A(n.sign * n.decay)), lr(A(n.sign * n.lr)) {}
   TL1_INLINE A operator()(A p, A g, A&, A&, A&) const {
-    g = sign * g;
     g = decay != 0 ? mul_add(decay, p, g) : g;
     return mul_add(-lr, g, p);
   }
