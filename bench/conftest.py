@@ -45,7 +45,7 @@ def pytest_configure(config):
 def against(benchmark, request):
     """Time ours (pytest-benchmark's target) with every peer run in between, each round."""
 
-    def run(ours, peers, bounds, n_bytes, rounds=21):
+    def run(case, ours, peers, bounds, n_bytes, rounds=21):
         times = {name: [] for name in peers}
 
         def peers_first():
@@ -58,7 +58,6 @@ def against(benchmark, request):
         if benchmark.disabled:
             return
         ours_ms = benchmark.stats.stats.median * 1e3
-        case = request.node.callspec.id if hasattr(request.node, "callspec") else request.node.name
         for name in peers:
             peer_ms = statistics.median(times[name][2:]) * 1e3
             result = Result(case, name, ours_ms, peer_ms, bounds[name], n_bytes)
@@ -106,12 +105,12 @@ def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     write("")
     write(f"copy {copy / 1e9:.1f} GB/s; medians, both sides interleaved in this process")
-    write(f"{'case':34} {'ms':>8} {'GB/s':>7} {'of copy':>8}   {'ratio':>7} {'bound':>7}  peer")
+    write(f"{'case':58} {'ms':>8} {'GB/s':>7} {'of copy':>8}   {'ratio':>7} {'bound':>7}  peer")
     for r in results:
         rate = r.bytes / r.ours_ms * 1e3
         late = "" if r.ratio <= r.bound else "  LATE"
         write(
-            f"{r.case:34} {r.ours_ms:8.2f} {rate / 1e9:7.1f} {rate / copy:8.0%}   "
+            f"{r.case:58} {r.ours_ms:8.2f} {rate / 1e9:7.1f} {rate / copy:8.0%}   "
             f"{r.ratio:7.4f} {r.bound:7.4f}  {r.peer}{late}"
         )
     for peer in dict.fromkeys(r.peer for r in results):

@@ -41,7 +41,30 @@ def digits() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"digits": digits}
+def cpu() -> str:
+    """Return the ratios of bench/test_cpu.py, and where they were taken."""
+    report = json.loads((RESULTS / "cpu.json").read_text())
+    lines = ["| step | beside | ms | ratio | bound |", "|---|---|---|---|---|"]
+    for row in report["results"]:
+        if row["ratio"] > 0.5:
+            ratio, bound = f"{row['ratio']:.2f}", f"{row['bound']:.2f}"
+        else:  # so much faster that the inverse reads better
+            ratio, bound = f"1 / {1 / row['ratio']:.1f}", f"1 / {1 / row['bound']:.1f}"
+        late = "" if row["ratio"] <= row["bound"] else " **missed**"
+        cells = [row["case"], row["peer"], f"{row['ours_ms']:.1f}", ratio + late, bound]
+        lines.append("| " + " | ".join(cells) + " |")
+    where = report["environment"]
+    processor = f"{where['threads']} threads of an {where['processor']} ({where['instructions']})"
+    lines += [
+        "",
+        f"float32, 4096x4096 unless it says otherwise; medians of both sides interleaved in one "
+        f"process, {processor}, torch {where['torch']}, copy {report['copy_gb_per_s']:.0f} GB/s; "
+        f"commit {where['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"digits": digits, "cpu": cpu}
 
 
 def rendered(readme: str) -> str:
