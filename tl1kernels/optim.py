@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +157,8 @@ class _Proximal(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
-        options = [tuple(_plain(g[name]) for name in self.defaults) for g in self.param_groups]
+        of_group = itemgetter(*self.defaults)
+        options = [of_group(group) for group in self.param_groups]
         planned = self._planned
         self._planned = None  # until its step has gone well
         # Whatever can be refused is refused before any state or weight is touched.
@@ -181,7 +183,7 @@ class _Proximal(torch.optim.Optimizer):
                 work.append((rule, reg.penalty, entries[-1]))
             penalties = [reg.penalty for reg, _ in regularized]
             groups.append(_PlannedGroup(rule, penalties, entries))
-        return _Planned(plan.Plan(work), options, groups)
+        return _Planned(plan.Plan(work), [_plain(values) for values in options], groups)
 
     def _renew(
         self, planned: _Planned, params: list[list[Tensor]], options: list[tuple[Any, ...]]
@@ -191,10 +193,10 @@ class _Proximal(torch.optim.Optimizer):
             return False
         if not planned.batches.renew([param for with_grad in params for param in with_grad]):
             return False
-        for group, there, old, new in zip(
-            self.param_groups, planned.groups, planned.options, options, strict=True
+        for i, (group, there, new) in enumerate(
+            zip(self.param_groups, planned.groups, options, strict=True)
         ):
-            if old == new:
+            if _equal(planned.options[i], new):
                 continue
             regularized = _check_group(group, [entry.param for entry in there.entries])
             rule, scalars = self._rule(group)
@@ -204,8 +206,8 @@ class _Proximal(torch.optim.Optimizer):
                 if view != entry.view:
                     return False
                 entry.scalars, entry.terms = scalars, reg.terms(view)
+            planned.options[i] = _plain(new)
             planned.batches.forget_tables()
-        planned.options[:] = options
         return True
 
     def _attach_state(self, planned: _Planned) -> bool:
@@ -329,6 +331,14 @@ def _check_group(
         here = reg if param.ndim >= min_ndim else spared
         regularized.append((here, view_of(param, here.group_by)))
     return regularized
+
+
+def _equal(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
+    """Return whether options are what they were, given as `_plain` and as they are."""
+    try:
+        return old == new
+    except RuntimeError:  # a tensor of several elements, which _check_group will name
+        return False
 
 
 def _plain(option: Any) -> Any:
