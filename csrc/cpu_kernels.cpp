@@ -280,8 +280,8 @@ class Runner {
     }
   }
 
-  // Calls f(i, col, m) for the stretches of one row within a block: its weights [i, i + m), which
-  // begin in column `col`.
+  // Calls f(i, col, m) for the stretches of one row within the block that begins with weight `index`
+  // of the tile: its weights [i, i + m), and their first column.
   template <class F>
   void each_row_of(int64_t index, int64_t n, F f) const {
     int64_t col = index % columns;

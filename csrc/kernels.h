@@ -58,7 +58,7 @@ struct Tile {
 struct Workspace {
   alignas(64) double columns[COLUMNS];  // sums of squares by column, or the lanes of one sum
   alignas(64) double sums[COLUMNS];     // and by group; then the groups' factors
-  alignas(64) double spread[COLUMNS];   // the factors by column, in the arithmetic type
+  alignas(64) unsigned char spread[COLUMNS * sizeof(double)];  // factors by column, as arithmetic
   alignas(64) float values[RESIDENT + BLOCK];  // of 16-bit weights, thresholded
 };
 
