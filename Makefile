@@ -36,9 +36,8 @@ sanitize: setup
 	    from tl1kernels.backends import native; \
 	    tl1kernels.__path__.insert(0, 'build/sanitize'); \
 	    assert 'sanitize' in str(native.load()); \
-	    sys.exit(pytest.main(['tests/test_native.py', 'tests/test_prox.py', '-k', \
-	    'not memory and not 2_to_the_31_weights and not for_cuda', '--deselect', \
-	    'tests/test_native.py::test_in_a_compiled_function_without_a_graph_break']))"
+	    sys.exit(pytest.main(['tests/test_native.py', 'tests/test_native_op.py', 'tests/test_prox.py', '-k', \
+	    'not memory and not 2_to_the_31_weights and not for_cuda and not compiled']))"
 
 setup: $(VENV)/.done
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 import tl1kernels
 from tl1kernels.batch import SGD, Assign, Batch, Entry, Rule
@@ -43,7 +44,7 @@ def load() -> Path:
         why = report.read_text().strip() if report else "the package was not installed by pip"
         raise FileNotFoundError(f"not built: {why}")
     torch.ops.load_library(str(library))
-    torch.library.register_fake("tl1kernels::step_", _fake_step)
+    torch_library.register_fake("tl1kernels::step_", _fake_step)
     return library
 
 

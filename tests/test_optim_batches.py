@@ -1,0 +1,111 @@
+"""Batches that an optimizer keeps from step to step: they follow every change of what they hold."""
+
+import pytest
+import torch
+
+import tl1kernels as tk
+
+pytestmark = pytest.mark.usefixtures("each_backend")
+
+
+def test_batches_are_kept_and_gradients_are_not():
+    p, q = torch.ones(3, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxAdam([p, q], lr=0.1, lam=0.1)
+    for _ in range(3):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+        kept = optimizer._planned.batches
+        assert not any(hasattr(entry, "grad") for entry in kept.entries)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer._planned.batches is kept
+
+
+def change_lr(optimizer):
+    optimizer.param_groups[0]["lr"] = 0.02
+
+
+def change_tensor_lam(optimizer):
+    optimizer.param_groups[0]["lam"].mul_(2)
+
+
+def change_penalty(optimizer):
+    optimizer.param_groups[0]["penalty"] = "l1"
+
+
+def change_groups(optimizer):
+    optimizer.param_groups[0]["group_by"] = "in"
+
+
+def change_min_ndim(optimizer):
+    optimizer.param_groups[1]["min_ndim"] = 0
+
+
+def change_momentum(optimizer):
+    optimizer.param_groups[0]["momentum"] = 0.0
+
+
+def change_dtype(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.data = p.data.double()
+
+
+def change_layout(optimizer):
+    p = optimizer.param_groups[0]["params"][0]
+    p.data = p.data.t().contiguous().t()
+
+
+def change_layout_of_state(optimizer):
+    for p in optimizer.param_groups[0]["params"]:
+        buffer = optimizer.state[p]["momentum_buffer"]
+        buffer.data = buffer.data.t().contiguous().t()
+
+
+def change_group_of_a_parameter(optimizer):
+    first, second = optimizer.param_groups
+    second["params"].insert(0, first["params"].pop())
+
+
+def change_state(optimizer):
+    for p in optimizer.param_groups[0]["params"]:
+        optimizer.state[p]["momentum_buffer"] = torch.full_like(p, 0.25)
+
+
+def forget_state(optimizer):
+    optimizer.state.clear()
+
+
+def drop_a_gradient(optimizer):
+    optimizer.param_groups[0]["params"][1].requires_grad_(False)
+
+
+CHANGES = [
+    change_lr, change_tensor_lam, change_penalty, change_groups, change_min_ndim, change_momentum,
+    change_dtype, change_layout, change_layout_of_state, change_state, forget_state,
+    change_group_of_a_parameter, drop_a_gradient,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_batches_that_are_kept_follow_every_change(change):
+    """The same steps with kept batches and with new ones each time."""
+    results = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        params = [torch.randn(s).requires_grad_() for s in ((6, 5), (4, 4), (7,), (3, 3))]
+        groups = [
+            {"params": params[:2], "lam": torch.tensor(0.2)},
+            {"params": params[2:], "lam": 0.3, "lr": 0.05, "min_ndim": 2},
+        ]
+        optimizer = tk.ProxSGD(groups, lr=0.1, momentum=0.9, group_by="auto")
+        for i in range(6):
+            if i == 3:
+                change(optimizer)
+            for p in params:
+                p.grad = torch.randn_like(p) if p.requires_grad else None
+            if not keep:
+                optimizer._planned = None
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
