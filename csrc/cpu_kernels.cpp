@@ -85,7 +85,7 @@ constexpr Threshold<A> THRESHOLDS[] = {TL1_PENALTIES(TL1_THRESHOLD)};
 
 // Squares are summed in float64. Conversions cost more than the sums, so with `unit` 1, where no
 // square that matters can over- or underflow float32, QUADS of them are first added in float32.
-constexpr int64_t LANES = 32;  // enough independent sums to hide an addition's latency
+constexpr int64_t LANES = 16;  // enough independent sums to hide an addition's latency
 constexpr int64_t QUADS = 4;
 static_assert(BLOCK % (LANES * QUADS) == 0);
 

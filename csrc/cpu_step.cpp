@@ -199,7 +199,7 @@ bool is_view_of(const int64_t* sizes, int64_t numel) {
   return product == numel;
 }
 
-// Views must be an int64 tensor (n, 4), scalars float64 (n, number of SCALAR_NAMES), both contiguous.
+// Views must be an int64 tensor (n, 4), scalars float64 (n, scalar_names()), both contiguous.
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state,
            Tensor views, Tensor scalars, std::string rule, std::optional<std::string> penalty,
            bool maximize, bool nesterov, bool decoupled) {

@@ -1,9 +1,9 @@
 // The update rules for one weight, for the CPU and CUDA: v = rule(p, g, state), torch.optim's.
 //
-// A rule is a struct with
+// A rule is a struct, and a row of TL1_RULES, with
 //   STATES                     how many state tensors it has (those shaped like the parameter)
 //   COUNTS                     whether it also has a counter of steps
-//   Rule(s)                    its numbers in the arithmetic type A, from `Scalars`, once per tensor
+//   Rule(numbers)              takes those it knows of RuleNumbers, in the arithmetic type A
 //   operator()(p, g, s0, ...)  the updated weight; the state values are updated in place
 // A number that switches something off (no weight decay, plain momentum) selects and does not
 // multiply: 0 * inf would be NaN where torch.optim has none.
