@@ -136,4 +136,6 @@ def environment() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "step": tk.info().runs_on["cpu"],
+        "library": tk.info().native,
     }
