@@ -241,8 +241,9 @@ struct TransformedL1 {
     return at_least_0(mul_add(-mul_add(4 * d, excess, 4 * d), inverse, size));
   }
 
-  // For float64, for float32 without FMA, and for float32 far out. z = cos(acos(u) / 3) gives r = (4 z^2 - 1) / 3; its
-  // cubic 4 z^3 - 3 z = u has no double root, so a Newton step squares the polynomial's error.
+  // For float64, for float32 without FMA, and for float32 far out. z = cos(acos(u) / 3) gives
+  // r = (4 z^2 - 1) / 3; its cubic 4 z^3 - 3 z = u has no double root, so a Newton step squares the
+  // polynomial's error.
   TL1_INLINE double by_newton(double size) const {
     const double inverse = 1 / (exact_a + size);
     const double quotient = exact_d * inverse * inverse;

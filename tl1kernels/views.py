@@ -121,10 +121,15 @@ def _view(shape: tuple[int, ...], stride: tuple[int, ...], group_by: GroupBy) ->
     return GroupView(order, blocks, outer, groups, inner, grouped=True)
 
 
+def is_laid_out_like(param: Tensor, tensor: Tensor) -> bool:
+    """Return whether `tensor` has its elements, as they are, where `param` has them."""
+    plain = not (tensor.is_neg() or tensor._is_zerotensor())  # else torch must make it real
+    return plain and _same_layout(param.shape, param.stride(), tensor.stride())
+
+
 def laid_out_like(param: Tensor, tensor: Tensor) -> Tensor:
     """Return `tensor`, or a copy with its elements where the dense `param` has them."""
-    plain = not (tensor.is_neg() or tensor._is_zerotensor())  # else torch must make it real
-    if plain and _same_layout(param.shape, param.stride(), tensor.stride()):
+    if is_laid_out_like(param, tensor):
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 

@@ -15,7 +15,7 @@ from torch import library as torch_library
 
 import tl1kernels
 from tl1kernels.batch import SGD, Assign, Batch, Entry, Rule
-from tl1kernels.views import laid_out_like
+from tl1kernels.views import is_laid_out_like, laid_out_like
 
 BINARY = "libtl1kernels_cpu.so"
 REPORT = "native_build.txt"
@@ -117,7 +117,7 @@ def _tables(batch: Batch) -> dict[str, Any]:
         "apart": [
             i
             for i, entry in enumerate(batch.entries)
-            if laid_out_like(entry.param, entry.grad) is not entry.grad
+            if not is_laid_out_like(entry.param, entry.grad)
         ],
         "written": [*params, *state],
         "views": torch.tensor(views, dtype=torch.int64, device="cpu"),
