@@ -45,7 +45,7 @@ def pytest_configure(config):
 def against(benchmark, request):
     """Time ours (pytest-benchmark's target) with every peer run in between, each round."""
 
-    def run(case, ours, peers, bounds, n_bytes, rounds=21):
+    def run(case, ours, peers, bounds, n_bytes, rounds=41):
         times = {name: [] for name in peers}
 
         def peers_first():

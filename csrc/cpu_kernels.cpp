@@ -2,126 +2,28 @@
 // function that it exports is tl1::TL1_ISA::run_tile. No std and no torch here: an inline function of
 // theirs, compiled for AVX-512, could be the copy that the linker keeps for everyone.
 //
-// A step is a chain of stages over BLOCK weights at a time, each a loop that vectorises:
-//   update (rule, stored type) -> t;  threshold (penalty) on t;  squares of t;  store, scaled
-// Stages are chosen from tables, so that rules, penalties and types add up and do not multiply.
+// Weights are advanced (cpu_advance.h) and their squares added to the sums of their groups; when a
+// group's norm is known, a second loop scales it. What is written here says which weights, and when.
 
-#include "kernels.h"
-#include "storage.h"
-
-#define SIMD _Pragma("omp simd")
+#include "cpu_advance.h"
 
 namespace tl1 {
 inline namespace TL1_ISA {
 namespace {
 
-struct States {
-  void* in[MAX_STATES];
-  void* out[MAX_STATES];
-};
-
-template <class P>
-using Update = void (*)(const RuleNumbers&, const P*, const P*, const States&, Arithmetic<P>*,
-                        int64_t);
-template <class A>
-using Threshold = void (*)(const Coefficients&, A*, int64_t);
-
-template <template <class> class Rule, class P>
-void update(const RuleNumbers& numbers, const P* p, const P* g, const States& states,
-            Arithmetic<P>* t, int64_t n) {
-  using A = Arithmetic<P>;
-  using R = Rule<A>;
-  const R rule(numbers);
-  const A* in0 = static_cast<const A*>(states.in[0]);
-  const A* in1 = static_cast<const A*>(states.in[1]);
-  const A* in2 = static_cast<const A*>(states.in[2]);
-  A* out0 = static_cast<A*>(states.out[0]);
-  A* out1 = static_cast<A*>(states.out[1]);
-  A* out2 = static_cast<A*>(states.out[2]);
-  SIMD for (int64_t i = 0; i < n; i++) {
-    A s0 = R::STATES > 0 ? in0[i] : A(0);
-    A s1 = R::STATES > 1 ? in1[i] : A(0);
-    A s2 = R::STATES > 2 ? in2[i] : A(0);
-    t[i] = rule(load(p[i]), load(g[i]), s0, s1, s2);
-    if constexpr (R::STATES > 0) out0[i] = s0;
-    if constexpr (R::STATES > 1) out1[i] = s1;
-    if constexpr (R::STATES > 2) out2[i] = s2;
+template <int64_t N>
+double tree_sum(const double* x) {
+  if constexpr (N == 1) {
+    return *x;
+  } else {
+    return tree_sum<N / 2>(x) + tree_sum<N / 2>(x + N / 2);
   }
 }
 
-// In place on t[0, n) and on what is behind it up to a multiple of CHUNK.
-template <template <class> class Penalty, class A>
-void threshold(const Coefficients& coefficients, A* t, int64_t n) {
-  const Penalty<A> penalty(coefficients);
-  const A cut = penalty.cut;
-  // Inline, or `cut` is read through a closure that may alias v, and the loop stays scalar.
-  penalty.with_prox([=](auto prox) __attribute__((always_inline)) {
-    for (int64_t at = 0; at < n; at += CHUNK) {
-      A* v = t + at;
-      int alive = 0;
-      _Pragma("omp simd reduction(|:alive)") for (int64_t i = 0; i < CHUNK; i++) {
-        alive |= !(magnitude_of(v[i]) <= cut);  // a NaN lives
-      }
-      if (!alive) {
-        SIMD for (int64_t i = 0; i < CHUNK; i++) v[i] = 0;
-        continue;
-      }
-      SIMD for (int64_t i = 0; i < CHUNK; i++) {
-        const A size = magnitude_of(v[i]);
-        const A w = prox(size);
-        v[i] = with_sign_of(size <= cut ? A(0) : w, v[i]);  // `store` makes -0 +0
-      }
-    }
-  });
-}
-
-#define TL1_UPDATE(name, Rule) update<Rule, P>,
-template <class P>
-constexpr Update<P> UPDATES[] = {TL1_RULES(TL1_UPDATE)};
-
-#define TL1_THRESHOLD(name, Penalty) threshold<Penalty, A>,
-template <class A>
-constexpr Threshold<A> THRESHOLDS[] = {TL1_PENALTIES(TL1_THRESHOLD)};
-
-// Squares are summed in float64. Conversions cost more than the sums, so with `unit` 1, where no
-// square that matters can over- or underflow float32, QUADS of them are first added in float32.
-constexpr int64_t LANES = 16;  // enough independent sums to hide an addition's latency
-constexpr int64_t QUADS = 4;
-static_assert(BLOCK % (LANES * QUADS) == 0);
-
-template <class A>
-double square_of(A x, double unit) {
-  const double scaled = unit * static_cast<double>(x);
-  return scaled * scaled;
-}
-
-template <class A>
-void add_squares_to(double* lanes, const A* t, int64_t n, double unit) {
-  int64_t at = 0;
-  if (sizeof(A) == sizeof(float) && unit == 1) {
-    for (; at + LANES * QUADS <= n; at += LANES * QUADS) {
-      SIMD for (int64_t i = 0; i < LANES; i++) {
-        A sum = t[at + i] * t[at + i];
-        for (int64_t k = 1; k < QUADS; k++) {
-          const A x = t[at + i + k * LANES];
-          sum = mul_add(x, x, sum);
-        }
-        lanes[i] += static_cast<double>(sum);
-      }
-    }
-  }
-  for (; at + LANES <= n; at += LANES) {
-    SIMD for (int64_t i = 0; i < LANES; i++) lanes[i] += square_of(t[at + i], unit);
-  }
-  for (int64_t i = 0; at + i < n; i++) lanes[i] += square_of(t[at + i], unit);
-}
-
-// Returns the sum of the lanes, and leaves them 0.
+// Returns the sum of the lanes, and leaves them 0. In scalars: a short vector read from a long one
+// just written waits for memory.
 double take_sum(double* lanes) {
-  for (int64_t half = LANES / 2; half > 0; half /= 2) {
-    SIMD for (int64_t i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  }
-  const double sum = lanes[0];
+  const double sum = tree_sum<LANES>(lanes);
   for (int64_t i = 0; i < LANES; i++) lanes[i] = 0;
   return sum;
 }
@@ -141,7 +43,8 @@ class Runner {
   const P* const grad;
   const int64_t inner, width;
   const bool short_runs;
-  int64_t origin, columns;  // of the columns whose sums and factors are in the workspace
+  int64_t origin, columns;   // of the columns whose sums and factors are in the workspace
+  int64_t rows_in_part = 0;  // that work.part has the squares of
 
  public:
   Runner(const Step& step, const Tile& tile, Workspace& work)
@@ -161,41 +64,24 @@ class Runner {
  private:
   int64_t address(int64_t row, int64_t col) const { return tile.base + row * width + col; }
 
-  // Memory works while the stages compute: the hardware's own prefetchers wait for the next access.
-  // Always inline: GCC drops a call of a function that only prefetches.
-  [[gnu::always_inline]] void prefetch(int64_t at, int64_t n) const {
-    lines<1>(param + at, n);
-    lines<0>(grad + at, n);
-    for (void* state : step.state) {
-      if (state) lines<1>(static_cast<A*>(state) + at, n);
-    }
-  }
-
-  template <int Write, class T>
-  [[gnu::always_inline]] static void lines(const T* first, int64_t n) {
-    constexpr int64_t LINE = 64 / sizeof(T);
-    for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(first + i, Write);
-  }
-
-  // Update and threshold the weights [at, at + n), n <= BLOCK: their values go to t.
+  // Update and threshold the weights [at, at + n), n <= BLOCK: their values go to out. With lanes,
+  // which only float32 arithmetic has, their squares are added there.
   template <bool KeepState>
-  void advance(int64_t at, int64_t n, A* t) const {
+  void advance_to(int64_t at, int64_t n, A* out, double* lanes) const {
     A unused[KeepState ? 1 : MAX_STATES][KeepState ? 1 : BLOCK];
-    States states;
-    for (int i = 0; i < MAX_STATES; i++) {
-      A* stored = static_cast<A*>(step.state[i]);
-      states.in[i] = stored ? stored + at : nullptr;
-      states.out[i] = KeepState ? states.in[i] : unused[KeepState ? 0 : i];
+    Weights<P> w = {param + at, grad + at, {}, {}, out};
+    for (int k = 0; k < MAX_STATES; k++) {
+      A* stored = static_cast<A*>(step.state[k]);
+      if (stored) stored += at;
+      w.state[k] = stored;
+      w.new_state[k] = KeepState ? stored : unused[KeepState ? 0 : k];
     }
-    prefetch(at + AHEAD, n);
-    UPDATES<P>[step.rule](step.numbers, param + at, grad + at, states, t, n);
-    if (step.penalty < 0) return;
-    for (int64_t i = n; i % CHUNK != 0; i++) t[i] = 0;
-    THRESHOLDS<A>[step.penalty](step.coefficients, t, n);
+    BY_RULE<P>[step.rule][step.penalty + 1](step, w, n, lanes);
   }
 
-  void put(const A* t, int64_t at, int64_t n, bool clean) const {
+  void put(const A* t, int64_t at, int64_t n) const {
     P* out = param + at;
+    const bool clean = step.clean;
     SIMD for (int64_t i = 0; i < n; i++) store(t[i], clean, out[i]);
   }
 
@@ -226,28 +112,64 @@ class Runner {
 
   void clear_sums(double* sums) const {
     for (int64_t i = 0; i < (short_runs ? columns : LANES); i++) work.columns[i] = 0;
+    for (int64_t i = 0; i < (short_runs ? columns : 0); i++) work.part[i] = 0;
     const int64_t first = origin / inner, last = (origin + columns - 1) / inner;
     for (int64_t g = first; g <= last; g++) sums[g - first] = 0;
   }
 
-  void add_squares(const A* t, int64_t col, int64_t n, double* sums) const {
-    const double unit = step.unit;
-    double* partial = work.columns;
-    if (short_runs) {
-      double* column = partial + (col - origin);
-      SIMD for (int64_t i = 0; i < n; i++) column[i] += square_of(t[i], unit);
-      return;
-    }
-    const int64_t first = origin / inner, end = origin + columns;
-    each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
-      add_squares_to(partial, t + (from - col), to - from, unit);
-      if (to == end || to == (group + 1) * inner) sums[group - first] += take_sum(partial);
+  // Advances the weights [at, at + n) to out, and adds their squares to the sums; `index` counts the
+  // tile's weights before them.
+  template <bool KeepState>
+  void advance_block(int64_t at, int64_t n, int64_t index, A* out, double* sums) {
+    if (short_runs) advance_to<KeepState>(at, n, out, nullptr);
+    each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
+      if (short_runs) {
+        add_to_columns(out + i, col, m);
+      } else {
+        advance_row<KeepState>(at + i, col, m, out + i, sums);
+      }
     });
   }
 
+  // The weights [at, at + n) are of one row and begin with column `col`.
+  template <bool KeepState>
+  void advance_row(int64_t at, int64_t col, int64_t n, A* out, double* sums) const {
+    double* lanes = work.columns;
+    const int64_t first = origin / inner, end = origin + columns;
+    each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
+      A* values = out + (from - col);
+      advance_to<KeepState>(at + (from - col), to - from, values, in_float() ? lanes : nullptr);
+      if (!in_float()) add_squares_to(lanes, values, to - from, step.unit);
+      if (to == end || to == (group + 1) * inner) sums[group - first] += take_sum(lanes);
+    });
+  }
+
+  // Whether a few squares may be added in float32, whose range they do not leave.
+  bool in_float() const { return sizeof(A) == sizeof(float) && step.unit == 1; }
+
+  void add_to_columns(const A* t, int64_t col, int64_t n) {
+    const double unit = step.unit;
+    double* column = work.columns + (col - origin);
+    if (!in_float()) {
+      SIMD for (int64_t i = 0; i < n; i++) column[i] += square_of(t[i], unit);
+      return;
+    }
+    if (col == origin && rows_in_part++ == ROWS_IN_PART) {
+      move_part_to(work.columns, work.part, columns);
+      rows_in_part = 1;
+    }
+    float* part = work.part + (col - origin);
+    SIMD for (int64_t i = 0; i < n; i++) {
+      const float x = static_cast<float>(t[i]);
+      part[i] = mul_add(x, x, part[i]);
+    }
+  }
+
   // Short runs: from columns to groups. They are never cut, so the columns begin with a group.
-  void fold_columns(double* sums) const {
+  void fold_columns(double* sums) {
     if (!short_runs) return;
+    move_part_to(work.columns, work.part, columns);
+    rows_in_part = 0;
     const double* column = work.columns;
     const int64_t groups = columns / inner, stride = inner;
     for (int64_t i = 0; i < inner; i++) {
@@ -293,11 +215,15 @@ class Runner {
   }
 
   void flat() const {
-    alignas(64) A t[BLOCK];
+    alignas(64) A block[BLOCK];
     for (int64_t at = tile.col0; at < tile.col1; at += BLOCK) {
       const int64_t n = smaller(BLOCK, tile.col1 - at);
-      advance<true>(at, n, t);
-      put(t, at, n, step.clean);
+      if constexpr (IN_PLACE) {
+        advance_to<true>(at, n, param + at, nullptr);
+      } else {
+        advance_to<true>(at, n, block, nullptr);
+        put(block, at, n);
+      }
     }
   }
 
@@ -309,18 +235,17 @@ class Runner {
     }
   }
 
-  void resident_strip() const {
-    alignas(64) A block[BLOCK];
+  void resident_strip() {
     double* sums = work.sums;
     clear_sums(sums);
     each_block([&](int64_t at, int64_t n, int64_t index) {
-      A* t = block;
-      if constexpr (!IN_PLACE) t = work.values + index;
-      advance<true>(at, n, t);
-      if (IN_PLACE) put(t, at, n, false);
-      each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
-        add_squares(t + i, col, m, sums);
-      });
+      A* out;
+      if constexpr (IN_PLACE) {
+        out = param + at;
+      } else {
+        out = work.values + index;
+      }
+      advance_block<true>(at, n, index, out, sums);
     });
     fold_columns(sums);
     const int64_t groups = columns / inner;
@@ -351,15 +276,13 @@ class Runner {
     });
   }
 
-  void measure() const {
-    alignas(64) A t[BLOCK];
+  void measure() {
+    alignas(64) A block[BLOCK];
     clear_sums(tile.sums);
     each_block([&](int64_t at, int64_t n, int64_t index) {
-      advance<IN_PLACE>(at, n, t);
-      if (IN_PLACE) put(t, at, n, false);
-      each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
-        add_squares(t + i, col, m, tile.sums);
-      });
+      A* out = block;
+      if constexpr (IN_PLACE) out = param + at;
+      advance_block<IN_PLACE>(at, n, index, out, tile.sums);
     });
     fold_columns(tile.sums);
   }
@@ -368,15 +291,17 @@ class Runner {
     const double* factors = tile.factors + origin / inner;
     const A* by_column = short_runs ? spread(factors) : nullptr;
     if constexpr (IN_PLACE) {
-      // From the last row to the first: what the first sweep read last may still be in cache.
-      for (int64_t row = tile.row1 - 1; row >= tile.row0; row--) {
-        const int64_t at = address(row, origin);
-        scale(param + at, at, origin, columns, factors, by_column);
+      for (int64_t row = tile.row0; row < tile.row1; row++) {
+        for (int64_t i = 0; i < columns; i += CHUNK) {
+          const int64_t at = address(row, origin + i), n = smaller(CHUNK, columns - i);
+          prefetch_chunk<1>(param + at + AHEAD);
+          scale(param + at, at, origin + i, n, factors, by_column);
+        }
       }
     } else {
       alignas(64) A t[BLOCK];
       each_block([&](int64_t at, int64_t n, int64_t index) {
-        advance<true>(at, n, t);
+        advance_to<true>(at, n, t, nullptr);
         each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
           scale(t + i, at + i, col, m, factors, by_column);
         });

@@ -13,8 +13,8 @@ namespace tl1 {
 enum class Stored { float32, float64, bfloat16, float16 };
 
 constexpr int MAX_STATES = 3;
-constexpr int64_t BLOCK = 128;         // weights that go through the stages together, in L1
-constexpr int64_t AHEAD = 4 * BLOCK;   // how far ahead of them memory is fetched
+constexpr int64_t BLOCK = 512;         // weights that wait in L1 between two loops
+constexpr int64_t AHEAD = 512;         // how far ahead, in weights, memory is fetched
 constexpr int64_t CHUNK = 64;          // weights that skip a threshold's root together
 constexpr int64_t SHORT_RUN = 64;      // runs of a group shorter than this are summed by column
 constexpr int64_t COLUMNS = 8192;      // columns summed side by side; a tile of short runs has no more
@@ -57,6 +57,7 @@ struct Tile {
 // One thread's memory.
 struct Workspace {
   alignas(64) double columns[COLUMNS];  // sums of squares by column, or the lanes of one sum
+  alignas(64) float part[COLUMNS];      // and of the latest few rows
   alignas(64) double sums[COLUMNS];     // and by group; then the groups' factors
   alignas(64) unsigned char spread[COLUMNS * sizeof(double)];  // factors by column, as arithmetic
   alignas(64) float values[RESIDENT + BLOCK];  // of 16-bit weights, thresholded

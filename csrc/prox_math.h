@@ -4,7 +4,8 @@
 //   prepare(step, weight, a, c)   once per tensor: fills the coefficients c, in float64
 //   Penalty(c)                    takes them, for every few weights, in the arithmetic type A
 //   cut                           |v| <= cut goes to 0; all other |v| go to
-//   with_prox(loop)               calls loop(f) where f(|v|) is the prox, >= 0
+//   with_prox(loop)               calls loop(f) where f(|v|) is the prox, >= 0, and f.dear says
+//                                 that it is worth a look whether any of a few weights needs it
 // and a row of TL1_PENALTIES. NaN is never <= cut, and f must pass it on.
 
 #pragma once
@@ -14,8 +15,11 @@
 
 #ifdef __CUDACC__
 #define TL1_INLINE __host__ __device__ __forceinline__
+#define TL1_LAMBDA
 #else
-#define TL1_INLINE inline
+// A call that is left in a loop keeps it scalar.
+#define TL1_INLINE __attribute__((always_inline)) inline
+#define TL1_LAMBDA __attribute__((always_inline))
 #endif
 
 // The CPU kernels compile this file once per instruction set. A namespace for each keeps the linker
@@ -29,7 +33,7 @@ namespace tl1 {
 // What a penalty's `prepare` computes; the meaning of x is its own.
 struct Coefficients {
   double cut;
-  double x[5];
+  double x[8];
 };
 
 inline namespace TL1_ISA {
@@ -78,7 +82,7 @@ TL1_INLINE float at_most(float x, float limit) {
 }
 TL1_INLINE float at_least_0(float x) { return from_bits(bits_of(x) > 0 ? bits_of(x) : 0); }
 
-// c_I + c_(I + 1) x + ... by Horner's rule; a recursion, since a loop within a loop is not vectorised.
+// c_I + c_(I + 1) x + ... by Horner's rule; recursions, since a loop within a loop is not vectorised.
 template <class Series, int I = 0, class A>
 TL1_INLINE A polynomial(A x) {
   constexpr A c = static_cast<A>(Series::coefficient(I));
@@ -88,6 +92,28 @@ TL1_INLINE A polynomial(A x) {
     return mul_add(polynomial<Series, I + 1>(x), x, c);
   }
 }
+
+template <int TERMS, int I = 0, class A>
+TL1_INLINE A polynomial(const A (&c)[TERMS], A x) {
+  if constexpr (I == TERMS - 1) {
+    return c[I];
+  } else {
+    return mul_add(polynomial<TERMS, I + 1>(c, x), x, c[I]);
+  }
+}
+
+// What with_prox hands out.
+template <bool Dear, class F>
+struct Prox {
+  static constexpr bool dear = Dear;
+  F f;
+  template <class A>
+  TL1_INLINE A operator()(A size) const { return f(size); }
+};
+template <class F>
+TL1_INLINE Prox<false, F> cheap(F f) { return {f}; }
+template <class F>
+TL1_INLINE Prox<true, F> dear(F f) { return {f}; }
 
 // l1: max(0, |v| - tau).
 template <class A>
@@ -105,7 +131,7 @@ struct SoftThreshold {
   template <class Loop>
   TL1_INLINE void with_prox(Loop loop) const {
     const SoftThreshold self = *this;
-    loop([self](A size) { return (size - self.cut) - self.rest; });
+    loop(cheap([self](A size) TL1_LAMBDA { return (size - self.cut) - self.rest; }));
   }
 };
 
@@ -183,65 +209,92 @@ struct TransformedL1 {
     const double tau = step * weight;
     const double d = tau / a * (1 + 1 / a);  // D in units of a: the threshold is where y = 1 + d
     const bool continuous = d <= 0.5;
-    c.cut = continuous ? tau * (1 + 1 / a) : sqrt(2 * tau) * sqrt(a + 1) - a / 2;
-    c.cut = round_down<A>(c.cut);
-    // Within these, no power of y that `by_polynomial` forms leaves float32's range.
-    const bool usual = sizeof(A) == 4 && a >= 1e-6 && a <= 1e10 && tau >= 1e-24 && tau <= 1e5;
-    const double q = 6.75 * d / ((1 + d) * (1 + d) * (1 + d));  // at a continuous threshold
-    const double way = !continuous || q > 0.125 ? STEEP : q > 1.0 / 64 ? GENTLE : GENTLEST;
+    const double cut = continuous ? tau * (1 + 1 / a) : sqrt(2 * tau) * sqrt(a + 1) - a / 2;
+    c.cut = round_down<A>(cut);
     c.x[0] = fmin(fmax(a, 1e-100), 1e100);  // beyond that, TL1 is l0 or l1 to all digits
     c.x[1] = tau * c.x[0] * (c.x[0] + 1);
-    c.x[2] = usual ? way : WIDE;
-    // D as the gentle ways take it, with what rounding took from a: exact at the threshold, where
-    // y = a (1 + d).
-    const double a_low = a - static_cast<double>(static_cast<A>(a));
-    c.x[3] = c.x[1] * (way == STEEP ? 1 : 1 - 2 * a_low / (a * (1 + d)));
+    c.x[2] = sizeof(A) == 4 ? float_way(continuous ? d : 1, a, tau, c) : WIDE;
+    c.x[3] = fmin(cut - c.cut, 3e38);  // infinity - infinity would be NaN
   }
 
   static constexpr double WIDE = 0, GENTLEST = 1, GENTLE = 2, STEEP = 3;
   double exact_a, exact_d, way;
-  A cut, a, a_low, d, k;
+  A cut, rest;  // in two parts, as in SoftThreshold
+  A a, a_low, d, k;
+  A terms[4];
 
   TL1_INLINE explicit TransformedL1(const Coefficients& c)
-      : exact_a(c.x[0]), exact_d(c.x[1]), way(c.x[2]), cut(A(c.cut)), a(A(exact_a)),
-        a_low(A(exact_a - double(a))), d(A(c.x[3])), k(A(6.75 * exact_d)) {}
+      : exact_a(c.x[0]), exact_d(c.x[1]), way(c.x[2]), cut(A(c.cut)), rest(A(c.x[3])),
+        a(A(exact_a)), a_low(A(exact_a - double(a))), d(A(exact_d)), k(A(6.75 * exact_d)),
+        terms{A(c.x[4]), A(c.x[5]), A(c.x[6]), A(c.x[7])} {}
 
   template <class Loop>
   TL1_INLINE void with_prox(Loop loop) const {
     const TransformedL1 self = *this;
-    if constexpr (sizeof(A) == 4 && FUSED) {
-      if (way == GENTLEST) return loop([=](A x) { return self.by_polynomial<Tl1Gentlest>(x); });
-      if (way == GENTLE) return loop([=](A x) { return self.by_polynomial<Tl1Gentle>(x); });
-      if (way == STEEP) return loop([=](A x) { return self.by_polynomial<Tl1Steep>(x); });
+    if constexpr (sizeof(A) == 4) {
+      if (way == GENTLEST) {
+        return loop(cheap([=](A x) TL1_LAMBDA { return self.by_series<Tl1Gentlest::TERMS>(x); }));
+      }
+      if (way == GENTLE) {
+        return loop(cheap([=](A x) TL1_LAMBDA { return self.by_series<Tl1Gentle::TERMS>(x); }));
+      }
+      if constexpr (FUSED) {
+        if (way == STEEP) return loop(dear([=](A x) TL1_LAMBDA { return self.by_root(x); }));
+      }
     }
-    loop([self](A size) { return static_cast<A>(self.by_newton(size)); });
+    loop(dear([=](A x) TL1_LAMBDA { return static_cast<A>(self.by_newton(x)); }));
   }
 
-  // In units of Y = -2 y, which save a multiplication. `c` carries what rounding took from y: with
-  // it 1 / y^2 becomes (1 + c) / y^2, and q becomes q (1 + 3/2 c).
-  template <class Series>
-  TL1_INLINE float by_polynomial(float size) const {
-    constexpr bool STEEPLY = Series::TERMS == Tl1Steep::TERMS;
+  // Which way float32 takes, for a threshold at |v| = a d. Fills in the series' terms.
+  static double float_way(double d, double a, double tau, Coefficients& c) {
+    const double k = 6.75 * c.x[1], q = 6.75 * d / ((1 + d) * (1 + d) * (1 + d));
+    // Within these, no power of y leaves float32's range.
+    const double steep = a >= 1e-6 && a <= 1e10 && tau >= 1e-24 && tau <= 1e5 ? STEEP : WIDE;
+    const bool gentlest = q <= 1.0 / 64;
+    if (q > 0.125 || a > 1e6 || tau < 1e-30) return steep;
+    double power = a * a, largest = 0;
+    for (int i = 0; i < (gentlest ? Tl1Gentlest::TERMS : Tl1Gentle::TERMS); i++) {
+      power *= k;
+      c.x[4 + i] = power * (gentlest ? Tl1Gentlest::coefficient(i) : Tl1Gentle::coefficient(i));
+      largest = fmax(largest, c.x[4 + i]);
+    }
+    if (c.x[4] < 1e-36 || largest > 1e36) return steep;
+    return gentlest ? GENTLEST : GENTLE;
+  }
+
+  // A soft threshold at t = tau (a + 1) / a, and what TL1 gives back of it:
+  //   w = (|v| - t) + t H,   H = 1 - P a^2 / y^2 = (|v| (|v| + 2 a) - (P - 1) a^2) / y^2
+  // |v| - t is exact where w is small, and H is small where t is not: few roundings matter. The
+  // terms are those of (P - 1) a^2 as a series in 1 / y^3.
+  template <int TERMS>
+  TL1_INLINE float by_series(float size) const {
+    const float within = at_most(size, 1e12f);  // y^3 must not overflow; H is 1 there anyway
+    const float inverse = 1 / (a + within);
+    const float square = inverse * inverse, cube = square * inverse;
+    A series[TERMS];
+    for (int i = 0; i < TERMS; i++) series[i] = terms[i];
+    const float taken = cube * polynomial(series, cube);
+    const float given_back = mul_add(within, within + 2 * a, -taken);
+    return mul_add(cut * square, given_back, (size - cut) - rest);
+  }
+
+  // |v| - D P / y^2, in units of Y = -2 y, which save a multiplication. `c` carries what rounding
+  // took from y: with it 1 / y^2 becomes (1 + c) / y^2, and q becomes q (1 + 3/2 c).
+  TL1_INLINE float by_root(float size) const {
     const float within = at_most(size, 1e18f);  // y^2 must not overflow; w is |v| there anyway
     const float y = mul_add(-2.0f, within, -2 * a);
-    float lost = mul_add(4.0f, within, mul_add(2.0f, y, 4 * a));
-    if constexpr (STEEPLY) lost += 4 * a_low;
+    const float lost = mul_add(4.0f, within, mul_add(2.0f, y, 4 * a)) + 4 * a_low;
     const float inverse = 1 / (y * y);
     const float y_inverse = inverse * y;
     const float c = lost * y_inverse;
     const float q = (-8 * k * inverse) * y_inverse;
-    float excess;  // (1 + c) P - 1
-    if constexpr (!STEEPLY) {
-      excess = mul_add(q, polynomial<Series>(q), c);  // c P = c to all digits
-    } else {
-      const float u = root(magnitude_of(mul_add(-1.5f * q, c, 1 - q)));  // < 0 by rounding alone
-      const float p = (1 - u) * polynomial<Series>(1 - u);
-      excess = mul_add(c, 1 + p, p);
-    }
+    const float u = root(magnitude_of(mul_add(-1.5f * q, c, 1 - q)));  // < 0 by rounding alone
+    const float p = (1 - u) * polynomial<Tl1Steep>(1 - u);
+    const float excess = mul_add(c, 1 + p, p);  // (1 + c) P - 1
     return at_least_0(mul_add(-mul_add(4 * d, excess, 4 * d), inverse, size));
   }
 
-  // For float64, for float32 without FMA, and for float32 far out. z = cos(acos(u) / 3) gives
+  // For float64, for a root in float32 without FMA, and for float32 far out. z = cos(acos(u) / 3) gives
   // r = (4 z^2 - 1) / 3; its cubic 4 z^3 - 3 z = u has no double root, so a Newton step squares the
   // polynomial's error.
   TL1_INLINE double by_newton(double size) const {

@@ -6,25 +6,27 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
 
 namespace tl1 {
 
-// One block's groups in the two sweeps: adds its tiles' sums up, in order, and turns them into
+// Some of a block's groups in the two sweeps: adds its tiles' sums up, in order, and turns them into
 // factors.
 struct Reduction {
   int64_t step;
   size_t first_tile, last_tile;  // in Schedule::first
   size_t factors;                // place of the block's first factor in Schedule::factors
+  int64_t group0, group1;
 };
 
 struct Schedule {
   std::vector<Tile> first;    // flat, resident, measure
   std::vector<Tile> second;   // finish
   std::vector<Reduction> between;
-  std::vector<double> sums;
+  std::unique_ptr<double[]> sums;  // each tile clears its own
   std::vector<double> factors;
 };
 
@@ -34,6 +36,7 @@ constexpr int64_t FLAT_TILE = 1 << 16;     // weights; enough that taking a tile
 constexpr int64_t SMALL_STRIP = 2048;      // weights that wait in L1, where groups are that small
 constexpr int64_t STREAM = 1024;           // columns that memory still delivers at speed
 constexpr int64_t MEASURE_TILE = 1 << 18;  // weights
+constexpr int64_t REDUCED = 1024;          // groups whose sums one thread adds up
 constexpr int64_t ROW_TILES = 64;          // at most, and
 constexpr int64_t ROWS = 32;               // at least: what bounds the memory of the sums
 
@@ -85,7 +88,10 @@ inline void two_sweeps(const Step& s, int64_t index, int64_t base, Schedule& pla
                             std::min(col + columns, row_width), 0, nullptr, nullptr});
     }
   }
-  plan.between.push_back({index, first_tile, plan.first.size(), plan.factors.size()});
+  for (int64_t group = 0; group < s.groups; group += REDUCED) {
+    plan.between.push_back({index, first_tile, plan.first.size(), plan.factors.size(), group,
+                            std::min(group + REDUCED, s.groups)});
+  }
   plan.factors.resize(plan.factors.size() + static_cast<size_t>(s.groups));
 }
 
@@ -113,9 +119,10 @@ inline Schedule of(const std::vector<Step>& steps) {
   for (const Tile& t : plan.first) {
     if (t.phase == Phase::measure) n_sums += n_groups(t, steps[t.step].inner);
   }
-  plan.sums.resize(n_sums);
-  double* sums = plan.sums.data();
+  plan.sums.reset(new double[n_sums]);
+  double* sums = plan.sums.get();
   for (const Reduction& r : plan.between) {
+    if (r.group0 > 0) continue;  // the block's first has set its tiles
     for (size_t i = r.first_tile; i < r.last_tile; i++) {
       Tile& t = plan.first[i];
       t.sums = sums;
@@ -132,12 +139,13 @@ inline void reduce(const Step& s, const Reduction& r, Schedule& plan) {
   double* factors = plan.factors.data() + r.factors;
   for (size_t i = r.first_tile; i < r.last_tile; i++) {
     const Tile& t = plan.first[i];
-    const int64_t first = t.col0 / s.inner, n = n_groups(t, s.inner);
+    const int64_t first = t.col0 / s.inner, end = first + n_groups(t, s.inner);
+    const int64_t group0 = std::max(r.group0, first), group1 = std::min(r.group1, end);
     const double* sums = t.sums;
-    _Pragma("omp simd") for (int64_t g = 0; g < n; g++) factors[first + g] += sums[g];
+    _Pragma("omp simd") for (int64_t g = group0; g < group1; g++) factors[g] += sums[g - first];
   }
   const double threshold = s.group_threshold;
-  _Pragma("omp simd") for (int64_t g = 0; g < s.groups; g++) {
+  _Pragma("omp simd") for (int64_t g = r.group0; g < r.group1; g++) {
     factors[g] = shrink_factor(factors[g], threshold);
   }
 }

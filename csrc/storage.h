@@ -17,11 +17,11 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+TL1_INLINE float load(float x) { return x; }
+TL1_INLINE double load(double x) { return x; }
+TL1_INLINE float load(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
 
-inline float load(Float16 x) {
+TL1_INLINE float load(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
   // Exponents are re-biased by 112; infinity and NaN by twice that. Subnormals are multiples of
@@ -32,17 +32,27 @@ inline float load(Float16 x) {
 }
 
 // `clean` turns -0 into +0: a dead weight has one bit pattern.
-inline void store(float x, bool clean, float& out) { out = clean ? x + 0.0f : x; }
-inline void store(double x, bool clean, double& out) { out = clean ? x + 0.0 : x; }
+TL1_INLINE void store(float x, bool clean, float& out) { out = clean ? x + 0.0f : x; }
+TL1_INLINE void store(double x, bool clean, double& out) { out = clean ? x + 0.0 : x; }
 
-inline void store(float x, bool clean, BFloat16& out) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const uint32_t stored = x != x ? 0x7fc0 : rounded;  // rounding could carry a NaN over to -0
-  out.bits = static_cast<uint16_t>(clean && stored == 0x8000 ? 0 : stored);
+// By mask, not by `?`: GCC would follow both branches with masks of its own, at twice the cost.
+TL1_INLINE uint32_t mask(bool all) { return all ? 0xffffffffu : 0; }
+
+// `clean` for the 16-bit types: what would be rounded to 0 (up to half the least number) is +0 before.
+TL1_INLINE float cleaned(float x, bool clean, float half_the_least) {
+  return clean ? from_bits(bits_of(x) & ~mask(magnitude_of(x) <= half_the_least)) : x;
 }
 
-inline void store(float x, bool clean, Float16& out) {
+TL1_INLINE void store(float x, bool clean, BFloat16& out) {
+  x = cleaned(x, clean, 0x1p-134f);
+  const uint32_t bits = bits_of(x);
+  uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  rounded |= mask(x != x);  // rounding could carry a NaN over to -0
+  out.bits = static_cast<uint16_t>(rounded >> 16);
+}
+
+TL1_INLINE void store(float x, bool clean, Float16& out) {
+  x = cleaned(x, clean, 0x1p-25f);
   const uint32_t bits = bits_of(x);
   const uint32_t sign = (bits >> 16) & 0x8000;
   const uint32_t magnitude = bits & 0x7fffffff;
@@ -52,8 +62,7 @@ inline void store(float x, bool clean, Float16& out) {
   uint32_t stored = magnitude < (113u << 23) ? subnormal : normal;
   stored = magnitude >= 0x477ff000 ? 0x7c00 : stored;  // 65520 and up round to infinity
   stored = magnitude > 0x7f800000 ? 0x7e00 : stored;
-  stored |= sign;
-  out.bits = static_cast<uint16_t>(clean && stored == 0x8000 ? 0 : stored);
+  out.bits = static_cast<uint16_t>(stored | sign);
 }
 
 // float64 for itself, float32 for all that is smaller.

@@ -67,6 +67,10 @@ inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, double
   return n;
 }
 
+// Both values are there before one is taken: a branch would keep the kernels' loops scalar.
+template <class A>
+TL1_INLINE A either(bool first, A a, A b) { return first ? a : b; }
+
 // v = source: the prox alone.
 template <class A>
 struct Assign {
@@ -80,13 +84,10 @@ template <class A>
 struct Sgd {
   static constexpr int STATES = 0;
   static constexpr bool COUNTS = false;
-  A decay, lr;  // times the gradient's sign, which leaves every rounding as it is
+  A lr, keep;  // lr times the gradient's sign, which leaves every rounding as it is
   explicit TL1_INLINE Sgd(const RuleNumbers& n)
-      : decay(A(n.sign * n.decay)), lr(A(n.sign * n.lr)) {}
-  TL1_INLINE A operator()(A p, A g, A&, A&, A&) const {
-    g = decay != 0 ? mul_add(decay, p, g) : g;
-    return mul_add(-lr, g, p);
-  }
+      : lr(A(n.sign * n.lr)), keep(A(1 - n.lr * n.decay)) {}
+  TL1_INLINE A operator()(A p, A g, A&, A&, A&) const { return mul_add(-lr, g, keep * p); }
 };
 
 // state: momentum_buffer
@@ -100,9 +101,9 @@ struct SgdMomentum {
         gain(A(n.gain)), nesterov(A(n.nesterov)) {}
   TL1_INLINE A operator()(A p, A g, A& buffer, A&, A&) const {
     g = sign * g;
-    g = decay != 0 ? mul_add(decay, p, g) : g;
+    g = either(decay != 0, mul_add(decay, p, g), g);
     buffer = mul_add(gain, g, momentum * buffer);
-    return mul_add(-lr, nesterov != 0 ? mul_add(momentum, buffer, g) : buffer, p);
+    return mul_add(-lr, either(nesterov != 0, mul_add(momentum, buffer, g), buffer), p);
   }
 };
 
@@ -117,9 +118,9 @@ struct AdamRule {
         beta2(A(n.beta2)), rate2(A(n.rate2)), inverse_root(A(n.inverse_root)), eps(A(n.eps)) {}
   TL1_INLINE A operator()(A p, A g, A& mean, A& square, A& largest) const {
     g = sign * g;
-    g = decay != 0 ? mul_add(decay, p, g) : g;
+    g = either(decay != 0, mul_add(decay, p, g), g);
     // torch.lerp's two forms: the other one would cancel a large old mean against itself.
-    mean = rate1 < A(0.5) ? mul_add(rate1, g - mean, mean) : mul_add(-beta1, g - mean, g);
+    mean = either(rate1 < A(0.5), mul_add(rate1, g - mean, mean), mul_add(-beta1, g - mean, g));
     square = mul_add(beta2, square, rate2 * g * g);
     // As torch.maximum: a NaN on either side wins.
     if constexpr (Amsgrad) largest = largest > square || largest != largest ? largest : square;

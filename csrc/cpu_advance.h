@@ -1,0 +1,220 @@
+// The way of a weight on the CPU: update rule, threshold and the sum of squares, in registers, in one
+// loop that reads and writes memory all the time. `advance` is a template over rule, penalty and
+// stored type; BY_RULE has all of its instances. Included by cpu_kernels.cpp alone.
+
+#pragma once
+
+#include "kernels.h"
+#include "storage.h"
+
+#define SIMD _Pragma("omp simd")
+
+namespace tl1 {
+inline namespace TL1_ISA {
+namespace {
+
+// The next weights of a tensor: where they are read, and where their results go. For 16-bit weights
+// `out` is no part of the tensor: they are rounded once, when all is done.
+template <class P>
+struct Weights {
+  using A = Arithmetic<P>;
+  const P* param;
+  const P* grad;
+  const A* state[MAX_STATES];
+  A* new_state[MAX_STATES];
+  A* out;
+};
+
+// With lanes, the squares of the results are added to them, LANES sums side by side.
+template <class P>
+using Advance = void (*)(const Step&, const Weights<P>&, int64_t n, double* lanes);
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;  // float32 weights in a vector register
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+static_assert(CHUNK % (4 * LANES) == 0 && BLOCK % CHUNK == 0);
+// Sums are float64, but conversions cost more than additions: few squares are added in float32 first.
+constexpr int64_t SQUARES = 4;       // chunks
+constexpr int64_t ROWS_IN_PART = 8;  // rows of a column
+
+template <class A>
+double square_of(A x, double unit) {
+  const double scaled = unit * static_cast<double>(x);
+  return scaled * scaled;
+}
+
+template <class A>
+void add_squares_to(double* lanes, const A* t, int64_t n, double unit) {
+  int64_t at = 0;
+  for (; at + LANES <= n; at += LANES) {
+    SIMD for (int64_t i = 0; i < LANES; i++) lanes[i] += square_of(t[at + i], unit);
+  }
+  for (int64_t i = 0; at + i < n; i++) lanes[i] += square_of(t[at + i], unit);
+}
+
+// The threshold of a weight as a function; v -> v where there is no penalty.
+template <class A, class F>
+struct Threshold {
+  F prox;
+  A cut;
+  static constexpr bool dear = F::dear;
+  [[gnu::always_inline]] A operator()(A v) const {
+    const A size = magnitude_of(v);
+    const A w = prox(size);
+    return (size <= cut ? A(0) : with_sign_of(w, v)) + A(0);  // never -0
+  }
+};
+struct NoThreshold {
+  static constexpr bool dear = false;
+  template <class A>
+  [[gnu::always_inline]] A operator()(A v) const { return v; }
+};
+template <class A, bool Dear, class F>
+Threshold<A, Prox<Dear, F>> as_threshold(Prox<Dear, F> prox, A cut) { return {prox, cut}; }
+template <class A>
+NoThreshold as_threshold(NoThreshold none, A) { return none; }
+
+template <class A>
+bool any_alive(const A* v, A cut) {
+  int alive = 0;
+  _Pragma("omp simd reduction(|:alive)") for (int64_t i = 0; i < CHUNK; i++) {
+    alive |= !(magnitude_of(v[i]) <= cut);  // a NaN lives
+  }
+  return alive;
+}
+
+// Adds squares of a CHUNK of float32 results, which neither over- nor underflow, to partial sums.
+inline void add_chunk_to(float* part, const float* w) {
+  for (int64_t at = 0; at < CHUNK; at += 4 * LANES) {
+    SIMD for (int64_t i = 0; i < LANES; i++) {
+      const float w0 = w[at + i], w1 = w[at + i + LANES];
+      const float w2 = w[at + i + 2 * LANES], w3 = w[at + i + 3 * LANES];
+      part[i] = mul_add(w3, w3, mul_add(w2, w2, mul_add(w1, w1, mul_add(w0, w0, part[i]))));
+    }
+  }
+}
+
+// Adds n partial sums to sums in float64, and leaves them 0.
+inline void move_part_to(double* sums, float* part, int64_t n) {
+  SIMD for (int64_t i = 0; i < n; i++) {
+    sums[i] += static_cast<double>(part[i]);
+    part[i] = 0;
+  }
+}
+
+// Memory works while a chunk is computed, and while groups are scaled: the hardware's prefetchers
+// alone stop at the end of a page. Always inline: GCC drops a call of a function that only prefetches.
+template <int Write, class T>
+[[gnu::always_inline]] inline void prefetch_chunk(const T* first) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  for (int64_t i = 0; i < CHUNK; i += LINE) __builtin_prefetch(first + i, Write);
+}
+
+// The whole chunks among n weights; returns how many weights are in them. Everything here is inline:
+// a member read through a closure may alias what is written, and the loop would stay scalar.
+template <class Rule, class P, class T>
+[[gnu::always_inline]] inline int64_t advance_chunks(const Rule& numbers, const Weights<P>& weights,
+                                                     int64_t n, double* lanes, T threshold) {
+  using A = Arithmetic<P>;
+  const Rule rule = numbers;
+  const Weights<P> w = weights;
+  alignas(64) float part[LANES] = {};
+  int64_t at = 0, squares = 0;
+  for (; at + CHUNK <= n; at += CHUNK) {
+    const auto update = [=](int64_t i) __attribute__((always_inline)) {
+      A s0 = Rule::STATES > 0 ? w.state[0][at + i] : A(0);
+      A s1 = Rule::STATES > 1 ? w.state[1][at + i] : A(0);
+      A s2 = Rule::STATES > 2 ? w.state[2][at + i] : A(0);
+      const A v = rule(load(w.param[at + i]), load(w.grad[at + i]), s0, s1, s2);
+      if constexpr (Rule::STATES > 0) w.new_state[0][at + i] = s0;
+      if constexpr (Rule::STATES > 1) w.new_state[1][at + i] = s1;
+      if constexpr (Rule::STATES > 2) w.new_state[2][at + i] = s2;
+      return v;
+    };
+    prefetch_chunk<1>(w.param + at + AHEAD);
+    prefetch_chunk<0>(w.grad + at + AHEAD);
+    for (int k = 0; k < Rule::STATES; k++) prefetch_chunk<1>(w.state[k] + at + AHEAD);
+    A* out = w.out + at;
+    if constexpr (T::dear) {
+      alignas(64) A v[CHUNK];
+      const A* const values = v;
+      SIMD for (int64_t i = 0; i < CHUNK; i++) v[i] = update(i);
+      if (any_alive(values, threshold.cut)) {
+        SIMD for (int64_t i = 0; i < CHUNK; i++) out[i] = threshold(values[i]);
+      } else {
+        SIMD for (int64_t i = 0; i < CHUNK; i++) out[i] = 0;
+      }
+    } else {
+      SIMD for (int64_t i = 0; i < CHUNK; i++) out[i] = threshold(update(i));
+    }
+    if constexpr (sizeof(A) == sizeof(float)) {
+      if (!lanes) continue;
+      add_chunk_to(part, out);
+      if (++squares == SQUARES) {
+        move_part_to(lanes, part, LANES);
+        squares = 0;
+      }
+    }
+  }
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (squares > 0) move_part_to(lanes, part, LANES);
+  }
+  return at;
+}
+
+// An `Advance` for one rule, penalty and stored type.
+template <template <class> class Rule, template <class> class Penalty, class P>
+void advance(const Step& step, const Weights<P>& w, int64_t n, double* lanes) {
+  using A = Arithmetic<P>;
+  const Rule<A> rule(step.numbers);
+  int64_t done = 0;
+  const Penalty<A> penalty(step.coefficients);
+  penalty.with_prox([&](auto prox) __attribute__((always_inline)) {
+    done = advance_chunks(rule, w, n, lanes, as_threshold(prox, penalty.cut));
+  });
+  if (done == n) return;
+  // What is left of n goes through as a chunk, with zeros behind it.
+  const int64_t left = n - done;
+  alignas(64) P param[CHUNK] = {}, grad[CHUNK] = {};
+  alignas(64) A state[MAX_STATES][CHUNK] = {}, out[CHUNK];
+  Weights<P> rest = {param, grad, {}, {}, out};
+  for (int64_t i = 0; i < left; i++) param[i] = w.param[done + i], grad[i] = w.grad[done + i];
+  for (int k = 0; k < Rule<A>::STATES; k++) {
+    rest.state[k] = rest.new_state[k] = state[k];
+    for (int64_t i = 0; i < left; i++) state[k][i] = w.state[k][done + i];
+  }
+  advance<Rule, Penalty>(step, rest, CHUNK, nullptr);
+  for (int64_t i = 0; i < left; i++) w.out[done + i] = out[i];
+  for (int k = 0; k < Rule<A>::STATES; k++) {
+    for (int64_t i = 0; i < left; i++) w.new_state[k][done + i] = state[k][i];
+  }
+  if (lanes) add_squares_to(lanes, w.out + done, left, 1);
+}
+
+// No penalty, in the form of one.
+template <class A>
+struct NoPenalty {
+  A cut = -1;
+  explicit NoPenalty(const Coefficients&) {}
+  template <class Loop>
+  void with_prox(Loop loop) const {
+    loop(NoThreshold{});
+  }
+};
+
+#define TL1_ADVANCE(name, Penalty) advance<Rule, Penalty, P>,
+template <template <class> class Rule, class P>
+constexpr Advance<P> BY_PENALTY[] = {advance<Rule, NoPenalty, P>, TL1_PENALTIES(TL1_ADVANCE)};
+
+#define TL1_BY_PENALTY(name, Rule) BY_PENALTY<Rule, P>,
+// BY_RULE<P>[row of TL1_RULES][1 + row of TL1_PENALTIES, or 0 for none]
+template <class P>
+constexpr const Advance<P>* BY_RULE[] = {TL1_RULES(TL1_BY_PENALTY)};
+
+}  // namespace
+}  // namespace TL1_ISA
+}  // namespace tl1
