@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,19 +50,18 @@ class Plan:
         self.entries = [entry for _, _, entry in work]
         self._asked_for = backends.asked_for()
         self._prepared = prepare(work)
-        self._layouts = [_layout(entry) for entry in self.entries]
+        self._params = [entry.param for entry in self.entries]
+        self._layouts = _layouts(self._params, [entry.grad for entry in self.entries])
 
     def renew(self, params: Sequence[Tensor]) -> bool:
         """Take the gradients of another step; return False if the batches do not fit it."""
-        if len(params) != len(self.entries) or self._asked_for != backends.asked_for():
+        if len(params) != len(self._params) or self._asked_for != backends.asked_for():
             return False
-        for param, entry, layout in zip(params, self.entries, self._layouts, strict=True):
-            assert param.grad is not None
-            if param is not entry.param:
-                return False
-            entry.grad = param.grad
-            if _layout(entry) != layout:
-                return False
+        grads: list[Any] = [param.grad for param in params]
+        if not all(map(is_, params, self._params)) or self._layouts != _layouts(params, grads):
+            return False
+        for entry, grad in zip(self.entries, grads, strict=True):
+            entry.grad = grad
         return True
 
     def forget_tables(self) -> None:
@@ -75,15 +76,26 @@ class Plan:
             del entry.grad
 
 
-def _layout(entry: Entry) -> tuple[object, ...]:
-    """Return what a batch and its tables take for granted of an entry's tensors."""
-    param, grad = entry.param, entry.grad
-    if grad.layout != torch.strided:
-        return (grad.layout,)
-    return (
-        *(param.stride(), param.shape, param.dtype, param.device),
-        *(grad.stride(), grad.dtype, grad.device, grad.is_neg(), grad._is_zerotensor()),
-    )
+_of_param = attrgetter("shape", "dtype", "device")
+_of_grad = attrgetter("dtype", "device")
+_kind = attrgetter("layout")
+
+
+def _layouts(params: Sequence[Tensor], grads: Sequence[Any]) -> list[list[object]] | None:
+    """Return what batches and their tables take for granted of tensors; None for sparse ones.
+
+    By attribute, not by tensor: `map` has no line of Python to run for each of them.
+    """
+    if set(map(_kind, grads)) - {torch.strided}:
+        return None
+    return [
+        list(column)
+        for column in (
+            *(map(_of_param, params), map(Tensor.stride, params)),
+            *(map(_of_grad, grads), map(Tensor.stride, grads)),
+            *(map(Tensor.is_neg, grads), map(Tensor._is_zerotensor, grads)),
+        )
+    ]
 
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
