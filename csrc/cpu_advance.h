@@ -39,7 +39,7 @@ constexpr int64_t LANES = 4;
 static_assert(CHUNK % (4 * LANES) == 0 && BLOCK % CHUNK == 0);
 // Sums are float64, but conversions cost more than additions: few squares are added in float32 first.
 constexpr int64_t SQUARES = 4;       // chunks
-constexpr int64_t ROWS_IN_PART = 8;  // rows of a column
+constexpr int64_t ROWS_IN_PART = 16;  // rows of a column
 
 template <class A>
 double square_of(A x, double unit) {
