@@ -106,12 +106,15 @@ inline void move_part_to(double* sums, float* part, int64_t n) {
   }
 }
 
-// Memory works while a chunk is computed, and while groups are scaled: the hardware's prefetchers
-// alone stop at the end of a page. Always inline: GCC drops a call of a function that only prefetches.
+// Memory works while a chunk is computed and while groups are scaled: the hardware's prefetchers alone
+// stop at the end of a page. Always inline: GCC drops a call of a function that only prefetches.
 template <int Write, class T>
-[[gnu::always_inline]] inline void prefetch_chunk(const T* first) {
+[[gnu::always_inline]] inline void prefetch_behind(const T* chunk) {
   constexpr int64_t LINE = 64 / sizeof(T);
-  for (int64_t i = 0; i < CHUNK; i += LINE) __builtin_prefetch(first + i, Write);
+  for (int64_t i = 0; i < CHUNK; i += LINE) {
+    __builtin_prefetch(chunk + FAR + i, 0, 2);
+    __builtin_prefetch(chunk + NEAR + i, Write);
+  }
 }
 
 // The whole chunks among n weights; returns how many weights are in them. Everything here is inline:
@@ -135,9 +138,8 @@ template <class Rule, class P, class T>
       if constexpr (Rule::STATES > 2) w.new_state[2][at + i] = s2;
       return v;
     };
-    prefetch_chunk<1>(w.param + at + AHEAD);
-    prefetch_chunk<0>(w.grad + at + AHEAD);
-    for (int k = 0; k < Rule::STATES; k++) prefetch_chunk<1>(w.state[k] + at + AHEAD);
+    prefetch_behind<1>(w.param + at);  // not the states: that many requests crowd each other out
+    prefetch_behind<0>(w.grad + at);
     A* out = w.out + at;
     if constexpr (T::dear) {
       alignas(64) A v[CHUNK];

@@ -14,7 +14,8 @@ enum class Stored { float32, float64, bfloat16, float16 };
 
 constexpr int MAX_STATES = 3;
 constexpr int64_t BLOCK = 512;         // weights that wait in L1 between two loops
-constexpr int64_t AHEAD = 512;         // how far ahead, in weights, memory is fetched
+constexpr int64_t NEAR = 256;          // how far behind, in weights, memory is fetched into L1
+constexpr int64_t FAR = 4096;          // and into L2
 constexpr int64_t CHUNK = 64;          // weights that skip a threshold's root together
 constexpr int64_t SHORT_RUN = 64;      // runs of a group shorter than this are summed by column
 constexpr int64_t COLUMNS = 8192;      // columns summed side by side; a tile of short runs has no more
