@@ -107,12 +107,14 @@ inline void move_part_to(double* sums, float* part, int64_t n) {
 }
 
 // Memory works while a chunk is computed and while groups are scaled: the hardware's prefetchers alone
-// stop at the end of a page. Always inline: GCC drops a call of a function that only prefetches.
-template <int Write, class T>
+// stop at the end of a page. Into L1 from near, and, with Far, into L2 from further; where there are
+// states to fetch as well, that many requests crowd each other out. Always inline: GCC drops a call of
+// a function that only prefetches.
+template <bool Far, int Write, class T>
 [[gnu::always_inline]] inline void prefetch_behind(const T* chunk) {
   constexpr int64_t LINE = 64 / sizeof(T);
   for (int64_t i = 0; i < CHUNK; i += LINE) {
-    __builtin_prefetch(chunk + FAR + i, 0, 2);
+    if (Far) __builtin_prefetch(chunk + FAR + i, 0, 2);
     __builtin_prefetch(chunk + NEAR + i, Write);
   }
 }
@@ -138,8 +140,10 @@ template <class Rule, class P, class T>
       if constexpr (Rule::STATES > 2) w.new_state[2][at + i] = s2;
       return v;
     };
-    prefetch_behind<1>(w.param + at);  // not the states: that many requests crowd each other out
-    prefetch_behind<0>(w.grad + at);
+    constexpr bool FAR_TOO = Rule::STATES == 0;
+    prefetch_behind<FAR_TOO, 1>(w.param + at);
+    prefetch_behind<FAR_TOO, 0>(w.grad + at);
+    for (int k = 0; k < Rule::STATES; k++) prefetch_behind<false, 1>(w.state[k] + at);
     A* out = w.out + at;
     if constexpr (T::dear) {
       alignas(64) A v[CHUNK];

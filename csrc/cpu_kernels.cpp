@@ -294,7 +294,7 @@ class Runner {
       for (int64_t row = tile.row0; row < tile.row1; row++) {
         for (int64_t i = 0; i < columns; i += CHUNK) {
           const int64_t at = address(row, origin + i), n = smaller(CHUNK, columns - i);
-          prefetch_behind<1>(param + at);
+          prefetch_behind<true, 1>(param + at);
           scale(param + at, at, origin + i, n, factors, by_column);
         }
       }
