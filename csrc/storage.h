@@ -35,7 +35,7 @@ TL1_INLINE float load(Float16 x) {
 TL1_INLINE void store(float x, bool clean, float& out) { out = clean ? x + 0.0f : x; }
 TL1_INLINE void store(double x, bool clean, double& out) { out = clean ? x + 0.0 : x; }
 
-// By mask, not by `?`: GCC would follow both branches with masks of its own, at twice the cost.
+// By mask, not by `?`: GCC would follow both branches with masks of its own.
 TL1_INLINE uint32_t mask(bool all) { return all ? 0xffffffffu : 0; }
 
 // `clean` for the 16-bit types: what would be rounded to 0 (up to half the least number) is +0 before.

@@ -67,7 +67,7 @@ inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, double
   return n;
 }
 
-// Both values are there before one is taken: a branch would keep the kernels' loops scalar.
+// Both values are computed, and one is taken.
 template <class A>
 TL1_INLINE A either(bool first, A a, A b) { return first ? a : b; }
 

@@ -17,6 +17,7 @@ PAIRS = [
 VARIANTS = [
     *RULES.values(),
     (tk.ProxSGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}),
+    (tk.ProxSGD, torch.optim.SGD, {"weight_decay": 0.1}),
     (tk.ProxAdamW, torch.optim.AdamW, {"amsgrad": True, "maximize": True}),
     (tk.ProxAdam, torch.optim.Adam, {"decoupled_weight_decay": True, "weight_decay": 0.1}),
     (tk.ProxAdam, torch.optim.Adam, {"betas": (0.5, 0.7), "eps": 1e-3}),
