@@ -84,10 +84,13 @@ template <class A>
 struct Sgd {
   static constexpr int STATES = 0;
   static constexpr bool COUNTS = false;
-  A lr, keep;  // lr times the gradient's sign, which leaves every rounding as it is
-  explicit TL1_INLINE Sgd(const RuleNumbers& n)
-      : lr(A(n.sign * n.lr)), keep(A(1 - n.lr * n.decay)) {}
-  TL1_INLINE A operator()(A p, A g, A&, A&, A&) const { return mul_add(-lr, g, keep * p); }
+  A lr, decay;  // lr times the gradient's sign, which leaves every rounding as it is
+  explicit TL1_INLINE Sgd(const RuleNumbers& n) : lr(A(n.sign * n.lr)), decay(A(n.sign * n.decay)) {}
+  TL1_INLINE A operator()(A p, A g, A&, A&, A&) const {
+    // Not (1 - lr * decay) * p: an infinite weight turns into torch's NaN.
+    g = either(decay != 0, mul_add(decay, p, g), g);
+    return mul_add(-lr, g, p);
+  }
 };
 
 // state: momentum_buffer
