@@ -1,6 +1,7 @@
-"""Print the constants of prox_math.h: minimax fits, found again from the definition.
+"""Print the kernels' constants: minimax fits, found again from the definition.
 
-Run: python csrc/tl1_constants.py          (needs numpy and mpmath)
+Run: python csrc/tl1_constants.py            those of prox_math.h (needs numpy and mpmath)
+     python csrc/tl1_constants.py --triton   those of backends/triton_kernels.py
 
 TL1's prox is |v| - D P(q) / y^2, where P = 1 / r^2 and r is the largest root of
 r^3 - r^2 + (4/27) q = 0 for q in [0, 1]. With u = sqrt(1 - q) that root is (4 z^2 - 1) / 3 for
@@ -10,6 +11,7 @@ their argument is 0, so the fits are 1 + x * polynomial(x).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import mpmath as mp
@@ -63,34 +65,30 @@ def minimax(f: Callable[[mp.mpf], mp.mpf], high: float, degree: int) -> tuple[li
     return c, float(np.abs(error).max())
 
 
-# name: what it is, the function of x, the end of x's range, degree
-FITS = {
-    "Tl1Gentlest": (
-        "P - 1 = q * polynomial(q), for q <= 1/64",
-        lambda q: p_of(mp.sqrt(1 - q)),
-        1 / 64,
-        2,
-    ),
-    "Tl1Gentle": (
-        "P - 1 = q * polynomial(q), for q <= 1/8",
-        lambda q: p_of(mp.sqrt(1 - q)),
-        0.125,
-        4,
-    ),
-    "Tl1Steep": (
-        "P - 1 = x * polynomial(x), x = 1 - u, for q <= 1",
-        lambda x: p_of(1 - x),
-        1.0,
-        10,
-    ),
-    "Tl1Z": ("z - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: z_of(1 - x), 1.0, 7),
+# what is fitted: the function of x, the end of x's range
+GENTLEST = "P - 1 = q * polynomial(q), for q <= 1/64", lambda q: p_of(mp.sqrt(1 - q)), 1 / 64
+GENTLE = "P - 1 = q * polynomial(q), for q <= 1/8", lambda q: p_of(mp.sqrt(1 - q)), 1 / 8
+STEEP = "P - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: p_of(1 - x), 1.0
+Z = "z - 1 = x * polynomial(x), x = 1 - u, for q <= 1", lambda x: z_of(1 - x), 1.0
+
+# name: fit, degree
+CPP = {
+    "Tl1Gentlest": (GENTLEST, 2),
+    "Tl1Gentle": (GENTLE, 4),
+    "Tl1Steep": (STEEP, 10),
+    "Tl1Z": (Z, 7),
 }
+TRITON = {
+    "_steep_10": (STEEP, 10),
+    "_z_7": (Z, 7),
+}
+TRITON_16_BIT = {"_p_7": 7, "_p_5": 5}  # degree, for P itself, by u
 
 
-def lines() -> list[str]:
+def cpp() -> list[str]:
     """Return the constants as lines of C++."""
     out = []
-    for name, (what, f, high, degree) in FITS.items():
+    for name, ((what, f, high), degree) in CPP.items():
         c, error = minimax(f, high, degree)
         out.append(f"// {what}: relative error {error:.1e}")
         out.append(f"struct {name} {{")
@@ -102,5 +100,33 @@ def lines() -> list[str]:
     return out
 
 
+def triton() -> list[str]:
+    """Return the polynomials as lines of Python."""
+    out = []
+    for name, ((what, f, high), degree) in TRITON.items():
+        c, error = minimax(f, high, degree)
+        out += horner(name, "x", f"{what}: relative error {error:.1e}", c)
+    for name, degree in TRITON_16_BIT.items():
+        c, error = minimax(lambda u: p_of(u) / p_of(0), 1.0, degree)
+        what = f"P = polynomial(u), for q <= 1: relative error {error:.1e}"
+        out += horner(name, "u", what, [p_of(0) * value for value in (1, *c)])
+    return out[:-2]
+
+
+def horner(name: str, x: str, what: str, c: list[mp.mpf]) -> list[str]:
+    """Return a function of `x` for the polynomial with the coefficients c, the constant first."""
+    *rest, before, last = map(float, c)
+    return [
+        "@triton.jit",
+        f"def {name}({x}):",
+        f'    """{what}."""',
+        f"    y = {x} * {last!r} + {before!r}",
+        *(f"    y = {x} * y + {value!r}" for value in reversed(rest)),
+        "    return y",
+        "",
+        "",
+    ]
+
+
 if __name__ == "__main__":
-    print("\n".join(lines()))
+    print("\n".join(triton() if sys.argv[1:] == ["--triton"] else cpp()))

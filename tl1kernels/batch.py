@@ -27,6 +27,7 @@ class Assign:
 
     state = ()
     counters = ()
+    capturable = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class SGD:
     nesterov: bool = False
     maximize: bool = False
     counters = ()
+    capturable = False
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -49,12 +51,14 @@ class Adam:
     """torch.optim.Adam's rule, and AdamW's where `decoupled`.
 
     Scalars: lr, beta1, beta2, eps, weight_decay. The counter `step`, a 0-d float tensor, counts
-    the steps taken; the backend adds one.
+    the steps taken; the backend adds one. Where `capturable` it lies on the parameter's device,
+    and a backend that can does not wait for the device.
     """
 
     amsgrad: bool = False
     decoupled: bool = False
     maximize: bool = False
+    capturable: bool = False
     counters = ("step",)
 
     @property
@@ -77,7 +81,8 @@ class Entry:
         param: what is updated in place; dense, in any order of dims.
         grad: the gradient (for `Assign`, the source); same shape, any strides and float dtype.
         view: the groups of `param`.
-        scalars: the rule's scalars and `lr`, the step size that also scales the thresholds.
+        scalars: the rule's scalars and `lr`, the step size that also scales the thresholds; `lr`
+            may be a 0-d tensor, of which the step takes the value that it then has.
         terms: the regularizer's weights and shape; both weights 0 leave the rule's result as
             it is, to the bit.
         state: the rule's state by name, updated in place.
@@ -86,7 +91,7 @@ class Entry:
     param: Tensor
     grad: Tensor
     view: GroupView
-    scalars: Mapping[str, float]
+    scalars: Mapping[str, float | Tensor]
     terms: Terms
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -97,7 +102,10 @@ class Batch:
 
     Attributes:
         tables: whatever the backend derives from the entries, gradients apart, and wants to find
-            again if the next step has the same; emptied when a number changes.
+            again if the next step has the same; emptied when a number or a state tensor changes.
+        layouts: the like, from the parameters and views alone; never emptied.
+        grad_scale: 0-d float32 tensor on the device: what gradients are divided by; None for 1.
+        found_inf: 0-d float32 tensor on the device: unless 0 nothing changes, counters included.
     """
 
     device: torch.device
@@ -106,6 +114,23 @@ class Batch:
     penalty: str | None
     entries: list[Entry]
     tables: dict[str, Any] = field(default_factory=dict)
+    layouts: dict[str, Any] = field(default_factory=dict)
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+def host_numbers(entry: Entry) -> tuple[dict[str, float], Terms]:
+    """Return an entry's scalars and terms as plain numbers; waits for a device that has them."""
+    return {name: float(value) for name, value in entry.scalars.items()}, entry.terms.read()
+
+
+def rule_name(rule: Rule) -> str:
+    """Return the name by which the kernels know a rule; the rest of its variant is numbers."""
+    if isinstance(rule, Assign):
+        return "assign"
+    if isinstance(rule, SGD):
+        return "sgd_momentum" if rule.momentum else "sgd"
+    return "adam_amsgrad" if rule.amsgrad else "adam"
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

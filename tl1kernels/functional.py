@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tl1kernels import plan
 from tl1kernels.batch import Assign, Entry
-from tl1kernels.penalties import PENALTIES, Options, Regularizer, number
+from tl1kernels.penalties import PENALTIES, Options, Regularizer, number_or_tensor
 from tl1kernels.views import GroupBy, view_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def prox(
         RuntimeError: the named backend cannot run.
     """
     plan.check_tensor("v", v)
-    eta = number("step", step)
+    eta = number_or_tensor("step", step)
     options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
     reg = Regularizer.of({**options, "group_by": group_by, "group_weight": group_weight})
     if out is None:
@@ -116,7 +116,7 @@ def penalty_value(
     reg = Regularizer.of({**options, "group_by": group_by, "group_weight": group_weight})
     w = w.to(torch.float64).contiguous()
     view = view_of(w, group_by)
-    terms, split = reg.terms(view), view.split(w)
+    terms, split = reg.terms(view).read(), view.split(w)
     total = w.new_zeros(())
     if reg.penalty is not None:
         total = total + PENALTIES[reg.penalty].value(split, terms.elementwise, terms.a)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl1kernels import plan
 from tl1kernels.batch import SGD, Adam, Entry, Rule, state_dtype
-from tl1kernels.penalties import Regularizer, number
+from tl1kernels.penalties import Regularizer, number, number_or_tensor
 from tl1kernels.views import GroupBy, GroupView, laid_out_like, view_of
 
 _DOC = """torch.optim.{base} with a proximal step: connections and neurons become exact zeros.
@@ -39,8 +39,12 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
             a param group that sets `lam` itself the default is 0: the group says what it wants.
 
     lr, lam, mu and a may change between steps. State is float32 or better, whatever the
-    parameter's dtype, under torch's names: checkpoints go both ways. `foreach` and `fused` are
-    accepted and change nothing; `differentiable=True` and `capturable=True` are refused.
+    parameter's dtype, under torch's names: checkpoints go both ways. lr and lam may be tensors on
+    the parameters' device: a step then takes the value that they have when it runs, and does not
+    check it. `foreach` is accepted and changes nothing. With `fused=True` a GradScaler leaves it
+    to the step to unscale the gradients, which stay as they are, and to skip itself.
+    `capturable=True` keeps Adam's `step` on the parameters' device, so that a CUDA graph can hold
+    the step, after one outside it. `differentiable=True` is refused.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed. Nothing is
@@ -94,10 +98,9 @@ class _Proximal(torch.optim.Optimizer):
             "group_weight": group_weight,
             "min_ndim": min_ndim,
         }
-        # torch's choice between implementations; fused=True would also change how GradScaler
-        # treats this optimizer.
+        # torch's choice between implementations.
         kwargs.pop("foreach", None)
-        kwargs.pop("fused", None)
+        self._step_supports_amp_scaling = bool(kwargs.pop("fused", None))
         super().__init__(params, *args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -146,7 +149,8 @@ class _Proximal(torch.optim.Optimizer):
                     if isinstance(value, Tensor):
                         scalar = name == "step"
                         dtype = value.dtype if scalar else state_dtype(param.dtype)
-                        device = torch.device("cpu") if scalar else param.device
+                        on_cpu = scalar and not group.get("capturable")
+                        device = torch.device("cpu") if on_cpu else param.device
                         self.state[param][name] = value.to(device, dtype, copy=True)
 
     @torch.no_grad()
@@ -157,6 +161,10 @@ class _Proximal(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
+        found_inf: Tensor | None = getattr(self, "found_inf", None)  # a GradScaler's
+        first = found_inf is not None and any(p not in self.state for ps in params for p in ps)
+        if first and found_inf is not None and found_inf.item():
+            return loss  # a first step that is skipped leaves no state: the next one is the first
         of_group = itemgetter(*self.defaults)
         options = [of_group(group) for group in self.param_groups]
         planned = self._planned
@@ -165,7 +173,7 @@ class _Proximal(torch.optim.Optimizer):
         if planned is None or not self._renew(planned, params, options):
             planned = self._plan(params, options)
         only_now = self._attach_state(planned)
-        planned.batches.execute()
+        planned.batches.execute(getattr(self, "grad_scale", None), found_inf)
         self._planned = None if only_now else planned
         return loss
 
@@ -231,14 +239,16 @@ class _Proximal(torch.optim.Optimizer):
                     wide = state[name].to(state_dtype(param.dtype))
                     state[name] = laid_out_like(param, wide)
                 for name in group.rule.counters:
-                    state[name] = state[name].to(torch.promote_types(state[name].dtype, _COUNTER))
+                    device = param.device if group.rule.capturable else "cpu"
+                    dtype = torch.promote_types(state[name].dtype, _COUNTER)
+                    state[name] = state[name].to(device, dtype)
                 entry.state = {name: state[name] for name in names}
                 entry.scalars = {**entry.scalars, **first}
                 only_now = only_now or bool(first)
                 planned.batches.forget_tables()
         return only_now
 
-    def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
+    def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float | Tensor]]:
         """Return the update rule's variant and its scalars for one param group."""
         raise NotImplementedError
 
@@ -270,10 +280,10 @@ def _described(cls: type[_Proximal]) -> type[_Proximal]:
 
 @_described
 class ProxSGD(_Proximal, torch.optim.SGD):  # noqa: D101 (_described writes it)
-    def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
+    def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float | Tensor]]:
         rule = SGD(group["momentum"] != 0, bool(group["nesterov"]), bool(group["maximize"]))
-        names = ("lr", "momentum", "dampening", "weight_decay")
-        return rule, {name: number(name, group[name]) for name in names}
+        scalars = {name: number(name, group[name]) for name in ("momentum", "dampening")}
+        return rule, {**_rate_and_decay(group), **scalars}
 
     def _start(self, param: Tensor, rule: Rule) -> dict[str, float]:
         state = self.state[param]
@@ -285,20 +295,22 @@ class ProxSGD(_Proximal, torch.optim.SGD):  # noqa: D101 (_described writes it)
 
 @_described
 class ProxAdam(_Proximal, torch.optim.Adam):  # noqa: D101 (_described writes it)
-    def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float]]:
+    def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float | Tensor]]:
         rule = Adam(
             amsgrad=bool(group["amsgrad"]),
             decoupled=bool(group["decoupled_weight_decay"]),
             maximize=bool(group["maximize"]),
+            capturable=bool(group["capturable"]),
         )
         beta1, beta2 = (number("betas", beta) for beta in group["betas"])
-        scalars = {name: number(name, group[name]) for name in ("lr", "eps", "weight_decay")}
-        return rule, {**scalars, "beta1": beta1, "beta2": beta2}
+        scalars = {"beta1": beta1, "beta2": beta2, "eps": number("eps", group["eps"])}
+        return rule, {**_rate_and_decay(group), **scalars}
 
     def _start(self, param: Tensor, rule: Rule) -> dict[str, float]:
         state = self.state[param]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+            device = param.device if rule.capturable else "cpu"
+            state["step"] = torch.zeros((), dtype=_COUNTER, device=device)
         for name in rule.state:
             if name not in state:
                 state[name] = _zeros_like(param)
@@ -314,14 +326,13 @@ def _check_group(
     group: dict[str, Any], params: list[Tensor] | None = None
 ) -> list[tuple[Regularizer, GroupView]]:
     """Check a param group's options and `params` (default: all); return what regularizes each."""
-    for name in ("differentiable", "capturable"):
-        if group.get(name):
-            raise ValueError(f"{name} must be False, got {group[name]!r}: not supported yet")
+    if group.get("differentiable"):
+        raise ValueError(f"differentiable must be False, got {group['differentiable']!r}")
     min_ndim = group["min_ndim"]
     if not isinstance(min_ndim, int) or isinstance(min_ndim, bool) or min_ndim < 0:
         raise ValueError(f"min_ndim must be an int >= 0, got {min_ndim!r}")
     reg = Regularizer.of(group)
-    reg.check_step("lr", number("lr", group["lr"]))
+    reg.check_step("lr", number_or_tensor("lr", group["lr"]))
     spared = Regularizer(penalty=reg.penalty)  # lam = 0: the same batch as the others
     regularized = []
     for param in group["params"] if params is None else params:
@@ -341,11 +352,33 @@ def _equal(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
         return False
 
 
+class _Itself:
+    """Equal to one tensor, and to nothing else."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return other is self._tensor
+
+
 def _plain(option: Any) -> Any:
-    """Return an option as something that compares by value: a tensor may change in place."""
+    """Return an option as something that compares by value: a tensor may change in place.
+
+    One on a device is not read: whoever uses it looks at its value anew.
+    """
+    if isinstance(option, Tensor) and option.device.type != "cpu":
+        return _Itself(option)
     if isinstance(option, Tensor):
         return option.item() if option.numel() == 1 else option
     return tuple(map(_plain, option)) if isinstance(option, (tuple, list)) else option
+
+
+def _rate_and_decay(group: dict[str, Any]) -> dict[str, float | Tensor]:
+    return {
+        "lr": number_or_tensor("lr", group["lr"]),
+        "weight_decay": number("weight_decay", group["weight_decay"]),
+    }
 
 
 def _zeros_like(param: Tensor) -> Tensor:

@@ -83,11 +83,19 @@ class Terms(NamedTuple):
         elementwise: lam * mu, the weight of the penalty.
         group: lam * (1 - mu) * c_g, the weight of a group's l2 norm; the same for all groups.
         a: the penalty's shape.
+        scale: None, or lam as a 0-d tensor, and then the two weights lack it: a step takes the
+            value that it then has.
     """
 
     elementwise: float
     group: float
     a: float
+    scale: Tensor | None = None
+
+    def read(self) -> Terms:
+        """Return the same with lam in the weights; waits for the device that has it."""
+        lam = 1.0 if self.scale is None else float(self.scale)
+        return Terms(lam * self.elementwise, lam * self.group, self.a)
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Regularizer:
     Build it with `Regularizer.of`, which raises on anything out of range.
     """
 
-    lam: float = 0.0
+    lam: float | Tensor = 0.0
     penalty: str | None = "tl1"
     a: float = 1.0
     mu: float | None = None
@@ -108,15 +116,19 @@ class Regularizer:
     def of(cls, options: Mapping[str, Any]) -> Regularizer:
         """Check the options among `options` that are this class's fields; others are ignored.
 
+        `lam` on a device other than the CPU stays there, unread and unchecked.
+
         Raises:
             TypeError, ValueError: naming the option, its value and what is allowed.
         """
         given = {f.name: options[f.name] for f in fields(cls) if f.name in options}
-        for name in ("lam", "a", "mu"):
+        if "lam" in given:
+            given["lam"] = number_or_tensor("lam", given["lam"])
+        for name in ("a", "mu"):
             if name in given and not (name == "mu" and given[name] is None):
                 given[name] = number(name, given[name])
         reg = cls(**given)
-        if not 0 <= reg.lam < math.inf:
+        if not isinstance(reg.lam, Tensor) and not 0 <= reg.lam < math.inf:
             raise ValueError(f"lam must be finite and >= 0, got {reg.lam}")
         if reg.penalty is not None and reg.penalty not in tuple(PENALTIES):
             names = ", ".join(repr(name) for name in PENALTIES)
@@ -142,18 +154,19 @@ class Regularizer:
             mu = 1.0
         else:
             mu = 0.0 if self.penalty is None else 0.5
-        elementwise = self.lam * mu if self.penalty is not None else 0.0
-        group = self.lam * (1 - mu) if view.grouped else 0.0
+        lam, scale = (1.0, self.lam) if isinstance(self.lam, Tensor) else (self.lam, None)
+        elementwise = lam * mu if self.penalty is not None else 0.0
+        group = lam * (1 - mu) if view.grouped else 0.0
         if self.group_weight == "sqrt":
             group *= math.sqrt(view.group_size)
-        return Terms(elementwise, group, self.a)
+        return Terms(elementwise, group, self.a, scale)
 
-    def check_step(self, name: str, step: float) -> None:
+    def check_step(self, name: str, step: float | Tensor) -> None:
         """Raise ValueError, naming the argument, where no prox of this step size exists.
 
-        lam = 0 takes any step, as torch.optim does.
+        lam = 0 takes any step, as torch.optim does. What lies on a device is not read.
         """
-        if self.lam == 0:
+        if isinstance(step, Tensor) or (not isinstance(self.lam, Tensor) and self.lam == 0):
             return
         if not 0 <= step < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {step}")
@@ -173,3 +186,12 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
     return float(value)
+
+
+def number_or_tensor(name: str, value: Any) -> float | Tensor:
+    """Return `number(name, value)`, but a one-element tensor on a device as it is, unread."""
+    if isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1:
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a number or a 0-d float tensor, got {value.dtype}")
+        return value
+    return number(name, value)

@@ -69,8 +69,13 @@ class Plan:
         for _, batch in self._prepared:
             batch.tables.clear()
 
-    def execute(self) -> None:
-        """Take the step, and let go of the gradients."""
+    def execute(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Take the step, and let go of the gradients; see `Batch` for the arguments."""
+        for _, batch in self._prepared:
+            batch.grad_scale, batch.found_inf = (
+                None if t is None else t.to(batch.device, torch.float32).view(())
+                for t in (grad_scale, found_inf)
+            )
         execute(self._prepared)
         for entry in self.entries:
             del entry.grad

@@ -16,12 +16,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 
-from tl1kernels.backends import native, reference
+from tl1kernels.backends import native, reference, triton_launch
 from tl1kernels.batch import Batch
 
-BACKENDS: Mapping[str, ModuleType] = {"cpu": native, "reference": reference}
+BACKENDS: Mapping[str, ModuleType] = {
+    "cpu": native,
+    "triton": triton_launch,
+    "reference": reference,
+}
 
-PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+PREFERENCE: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
+}
 """Backends by device type, the preferred one first; other devices get the reference."""
 
 ENVIRONMENT = "TL1KERNELS_BACKEND"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 import tl1kernels
-from tl1kernels.batch import SGD, Assign, Batch, Entry, Rule
+from tl1kernels.batch import Batch, Entry, host_numbers, rule_name
 from tl1kernels.views import is_laid_out_like, laid_out_like
 
 BINARY = "libtl1kernels_cpu.so"
@@ -76,17 +76,23 @@ def rejects(batch: Batch) -> str | None:
             return "a parameter with its negative bit set"
         if entry.grad.dtype != batch.dtype:
             return f"a gradient of {entry.grad.dtype} for a parameter of {batch.dtype}"
+        if entry.terms.scale is not None or isinstance(entry.scalars["lr"], Tensor):
+            return "lr or lam on a device"
     return None
 
 
 def run(batch: Batch) -> None:
     """Take one step on every entry, in place."""
+    if batch.found_inf is not None and batch.found_inf.item():
+        return
     if not batch.tables:
         batch.tables.update(_tables(batch))
     tables, rule = batch.tables, batch.rule
     grads = [entry.grad for entry in batch.entries]
     for i in tables["apart"]:
         grads[i] = laid_out_like(batch.entries[i].param, grads[i])
+    if batch.grad_scale is not None:
+        grads = [grad / batch.grad_scale for grad in grads]
     torch.ops.tl1kernels.step_(
         tables["params"],
         grads,
@@ -122,20 +128,13 @@ def _tables(batch: Batch) -> dict[str, Any]:
         "written": [*params, *state],
         "views": torch.tensor(views, dtype=torch.int64, device="cpu"),
         "scalars": torch.tensor(scalars, dtype=torch.float64, device="cpu"),
-        "rule": _rule_name(batch.rule),
+        "rule": rule_name(batch.rule),
     }
 
 
-def _rule_name(rule: Rule) -> str:
-    if isinstance(rule, Assign):
-        return "assign"
-    if isinstance(rule, SGD):
-        return "sgd_momentum" if rule.momentum else "sgd"
-    return "adam_amsgrad" if rule.amsgrad else "adam"
-
-
 def _scalars(entry: Entry) -> list[float]:
-    values = {**entry.scalars, **entry.terms._asdict()}
+    scalars, terms = host_numbers(entry)
+    values = {**scalars, **terms._asdict()}
     return [values.get(name, 0.0) for name in _scalar_names()]
 
 

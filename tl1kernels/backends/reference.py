@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tl1kernels.batch import SGD, Adam, Assign, Batch, Entry, Rule
+from tl1kernels.batch import SGD, Adam, Assign, Batch, Entry, Rule, host_numbers
 from tl1kernels.penalties import Terms
 
 Scalars = Mapping[str, float]
@@ -149,17 +149,21 @@ PROX: dict[str | None, Prox] = {
 
 def run(batch: Batch) -> None:
     """Take one step on every entry, in place."""
+    if batch.found_inf is not None and batch.found_inf.item():
+        return
+    scale = 1.0 if batch.grad_scale is None else batch.grad_scale.item()
     for entry in batch.entries:
-        _run_entry(batch.rule, batch.penalty, entry)
+        _run_entry(batch.rule, batch.penalty, entry, scale)
 
 
-def _run_entry(rule: Rule, penalty: str | None, entry: Entry) -> None:
-    p, view, terms = entry.param, entry.view, entry.terms
+def _run_entry(rule: Rule, penalty: str | None, entry: Entry, grad_scale: float) -> None:
+    p, view, (scalars, terms) = entry.param, entry.view, host_numbers(entry)
     state = {name: entry.state[name].to(torch.float64, copy=True) for name in entry.state}
-    w = _updated(rule, p.to(torch.float64), entry.grad.to(torch.float64), state, entry.scalars)
+    gradient = entry.grad.to(torch.float64) / grad_scale
+    w = _updated(rule, p.to(torch.float64), gradient, state, scalars)
     regularized = terms.elementwise > 0 or terms.group > 0
     if regularized:
-        w = view.join(PROX[penalty](view.split(w), entry.scalars["lr"], terms), p.shape)
+        w = view.join(PROX[penalty](view.split(w), scalars["lr"], terms), p.shape)
     for name, stored in entry.state.items():
         stored.copy_(state[name])
     p.copy_(_to_odd(w) if p.element_size() == 2 else w)

@@ -1,0 +1,177 @@
+"""Which tile of `triton_kernels` serves which view, and in what order. No Triton, no GPU.
+
+A tensor's view is (blocks, outer, groups, inner), see `views`. By it
+
+| groups                                 | kind    | a tile                           | passes |
+|----------------------------------------|---------|----------------------------------|--------|
+| none                                   | flat    | TILE neighbours                  | 1      |
+| rows (outer = 1) of at most LONGEST    | rows    | as many rows as fill TILE        | 1      |
+| outer > 1, runs of at most COLUMNS     | columns | ROWS x COLUMNS, whole groups ... | 1      |
+| the same with more than ROWS rows      | columns | ... of ROWS of the rows          | 2      |
+| all others: long rows, long runs       | long    | TILE neighbours of one run       | 2      |
+
+One pass reads and writes each weight, gradient and state once. In two passes the first reads all
+and writes state, the second reads all again and writes the weights; the factors of a group are
+made between the two. Few tiles begin between a group's passes, so that the second finds in the L2
+cache what the first has read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl1kernels.views import GroupView
+
+TILE = 4096
+LONGEST = 8192  # a row that a tile of its own holds in registers
+ROWS, COLUMNS = 64, 64
+LAG = 1024
+"""Tiles begun between a group's two passes: enough that the first is over and nobody waits."""
+
+FLAT = 31  # as a kind of resident tile; the others are the exponents of the rows' width
+COLUMNS_KIND, LONG_KIND = 0, 3  # as kinds of split tile: plus a phase
+FIRST, SECOND, WHOLE = 0, 1, 2  # phases
+
+Items = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tiles of one kernel, in the order in which they begin.
+
+    Attributes:
+        items: int32, [tiles, 3]: index of the tensor, kind, index of the tile. A kind is twice
+            one of the constants above, plus 1 where addresses and lengths are multiples of a
+            vector of 16 bytes.
+        kinds: a bit for each kind among them.
+    """
+
+    items: Items
+    kinds: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The tiles of a batch.
+
+    Attributes:
+        layout: int64, [tensors, 7]: the table's columns from OUTER on.
+        resident: tiles that see each weight once and for all.
+        split: tiles of groups that no tile holds.
+        n_partials: sums that the split tiles leave for each other.
+        n_factors: factors of groups that they leave.
+        n_teams: teams of split tiles.
+    """
+
+    layout: NDArray[np.int64]
+    resident: Work
+    split: Work
+    n_partials: int
+    n_factors: int
+    n_teams: int
+
+
+def plan(views: Sequence[GroupView], aligned: Sequence[bool], vector: int) -> Schedule:
+    """Return the tiles for tensors with these views.
+
+    Args:
+        views: of each tensor.
+        aligned: whether each tensor's addresses, gradient and state included, are multiples of
+            16 bytes.
+        vector: elements of the parameters' dtype in 16 bytes.
+    """
+    layout = np.zeros((len(views), 7), np.int64)
+    resident: list[Items] = []
+    first: list[Items] = []
+    second: list[Items] = []
+    n_partials = n_factors = n_teams = 0
+    for index, (view, at_16) in enumerate(zip(views, aligned, strict=True)):
+        blocks, outer, groups, inner = view.blocks, view.outer, view.groups, view.inner
+        pieces = 1
+        if view.n_groups * view.group_size == 0:
+            continue
+        if not view.grouped:
+            resident += _flat(index, view.n_groups * view.group_size, at_16)
+            groups = view.n_groups * view.group_size
+        elif outer == 1 and inner <= LONGEST:
+            exponent = max(inner - 1, 0).bit_length()
+            rows = blocks * groups
+            tiles = _ceil_div(rows, max(TILE >> exponent, 1))
+            wide = at_16 and inner % vector == 0
+            resident.append(_items(index, exponent, wide, tiles))
+            groups = rows
+        else:
+            if inner <= COLUMNS:
+                length = groups * inner
+                pieces = _ceil_div(outer, ROWS)
+                teams = blocks * _ceil_div(length, COLUMNS // inner * inner)
+                wide = at_16 and inner == 1 and length % vector == 0
+                kind, sums, factors = COLUMNS_KIND, blocks * pieces * length, blocks * length
+            else:
+                pieces = outer * _ceil_div(inner, TILE)
+                teams = blocks * groups
+                wide = at_16 and inner % vector == 0
+                kind, sums, factors = LONG_KIND, teams * pieces, teams
+            layout[index, 4:] = n_partials, n_teams, n_factors
+            if pieces == 1:
+                first.append(_items(index, kind + WHOLE, wide, teams))
+                second.append(np.empty((0, 3), np.int32))
+            else:
+                first.append(_items(index, kind + FIRST, wide, teams * pieces))
+                second.append(_items(index, kind + SECOND, wide, teams * pieces))
+                n_partials += sums
+                n_factors += factors
+                n_teams += teams
+        layout[index, :4] = outer, groups, inner, pieces
+    return Schedule(
+        layout,
+        _work(resident),
+        _work([_in_turn(first, second, layout)]),
+        n_partials,
+        n_factors,
+        n_teams,
+    )
+
+
+def _flat(index: int, n: int, aligned: bool) -> list[Items]:
+    """Return the tiles of n weights: aligned ones are full, and what is left is not aligned."""
+    full = n // TILE if aligned else 0
+    rest = _items(index, FLAT, False, _ceil_div(n, TILE))[full:]
+    return [_items(index, FLAT, True, full), rest]
+
+
+def _in_turn(first: list[Items], second: list[Items], layout: NDArray[np.int64]) -> Items:
+    """Return both passes' tiles in one order: each team's second pass LAG tiles after its first."""
+    if not first:
+        return np.empty((0, 3), np.int32)
+    begins = np.cumsum([0, *map(len, first)])
+    keys = [np.arange(begins[-1], dtype=np.float64)]
+    for start, items in zip(begins, second, strict=False):
+        if len(items):
+            pieces = int(layout[items[0, 0], 3])
+            last_of_team = start + (items[:, 2] // pieces + 1) * pieces - 1
+            keys.append(last_of_team + LAG + 0.5)
+    items = np.concatenate([*first, *second])
+    return items[np.argsort(np.concatenate(keys), kind="stable")]
+
+
+def _items(index: int, kind: int, aligned: bool, tiles: int) -> Items:
+    items = np.empty((tiles, 3), np.int32)
+    items[:, 0] = index
+    items[:, 1] = 2 * kind + aligned
+    items[:, 2] = np.arange(tiles)
+    return items
+
+
+def _work(parts: list[Items]) -> Work:
+    items = np.concatenate(parts) if parts else np.empty((0, 3), np.int32)
+    kinds = sum(1 << int(kind) for kind in np.unique(items[:, 1]))
+    return Work(np.ascontiguousarray(items), kinds)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
