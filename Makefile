@@ -17,8 +17,10 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton
 	$(BIN)/tl1kernels verify --backend reference
 	$(BIN)/tl1kernels verify
+	TRITON_INTERPRET=1 $(BIN)/tl1kernels verify --backend triton
 
 bench: setup
 	$(PIP) --no-build-isolation -e '.[bench]'

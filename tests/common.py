@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import tl1kernels as tk
-from tl1kernels.verify import RULES
+from tl1kernels.backends import triton_launch
+from tl1kernels.verify import RULES, bounds_of
 
 PAIRS = [
     (tk.ProxSGD, torch.optim.SGD),
@@ -61,3 +62,13 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def many_steps(backend):
+    """100, or as many as an interpreter takes in a few seconds."""
+    return 10 if backend == "triton" and triton_launch.interpreting() else 100
+
+
+def rounding(backend, dtype):
+    """How far a 16-bit result may be from the exact one, in ulp."""
+    return bounds_of(backend).step[dtype]

@@ -22,6 +22,26 @@ def each_backend(request):
         yield request.param
 
 
+def _kernels():
+    if backends.native.unavailable():
+        return ["triton"]
+    return [f"cpu {build}" for build in torch.ops.tl1kernels.cpu_builds().split()] + ["triton"]
+
+
+@pytest.fixture(params=_kernels())
+def kernels(request, monkeypatch):
+    """Run a test on the native library for every instruction set, and on Triton; the backend."""
+    backend, _, build = request.param.partition(" ")
+    reason = backends.BACKENDS[backend].unavailable()
+    if reason:
+        pytest.skip(f"backend {backend}: {reason}")
+    if build:
+        monkeypatch.setenv("TL1KERNELS_CPU", build)
+        assert torch.ops.tl1kernels.cpu_build() == build
+    with backends.use_backend(backend):
+        yield backend
+
+
 @pytest.fixture(autouse=True)
 def _no_backend_from_outside(monkeypatch):
     monkeypatch.delenv("TL1KERNELS_BACKEND", raising=False)

@@ -32,6 +32,10 @@ TEAMS = tl.constexpr(13)
 FACTORS = tl.constexpr(14)
 TABLE = tl.constexpr(15)
 
+# The work, int32, a row a program: index of the tensor, kind, then of a resident tile its index, of
+# others the index of its team, and its own in that.
+ITEM = tl.constexpr(4)
+
 # A tensor's scalars as the optimizer has them, float64, a row a tensor.
 SCALARS = (
     *("lr", "weight_decay", "momentum", "dampening", "beta1", "beta2", "eps"),
@@ -407,7 +411,8 @@ def prepare_kernel(
     # Squares are summed in units of the threshold: where the sum over- or underflows, the factor is
     # 1 or 0 as it should be.
     threshold = lr * group
-    norm_unit = tl.minimum(tl.maximum(1 / tl.maximum(threshold, 1e-300), 1e-37), 1e30)
+    widest: tl.constexpr = 1e30 if A == tl.float32 else 1e300
+    norm_unit = tl.minimum(tl.maximum(1 / tl.maximum(threshold, 1e-300), 1 / widest), widest)
     norm_unit = tl.where(group > 0, norm_unit, 0.0)
     tl.store(c + C_THRESHOLD, (threshold * norm_unit).to(A), mask=mask)
     tl.store(c + C_NORM_UNIT, norm_unit.to(A), mask=mask)
@@ -559,7 +564,7 @@ def resident_kernel(
     KINDS has a bit for each kind of tile in `work`, and only their code is there: bit 2 k for rows
     of up to 2^k, 2 * 31 for no groups; the next bit for the aligned ones.
     """
-    item = work + tl.program_id(0).to(tl.int64) * 3
+    item = work + tl.program_id(0).to(tl.int64) * ITEM
     row = table + tl.load(item).to(tl.int64) * TABLE
     c = coefficients + tl.load(item).to(tl.int64) * N_COEFFICIENTS
     kind = tl.load(item + 1)
@@ -609,14 +614,15 @@ def _wait(ready):
 @triton.jit
 def _sum_of_neighbours(sums, n, LENGTH: tl.constexpr):
     """Each element's sum over the n of its group, where groups are runs of n neighbours."""
-    group = tl.arange(0, LENGTH) // n
+    group = tl.arange(0, LENGTH) // n.to(tl.int32)
     same = group[:, None] == group[None, :]
     return tl.sum(tl.where(same, sums[None, :], 0.0), axis=1)
 
 
 @triton.jit
 def _columns_tile(
-    row, c, tile, partials, factors, arrivals, ready, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
+    row, c, team, piece, partials, factors, arrivals, ready,
+    PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr,
     STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -630,20 +636,19 @@ def _columns_tile(
     inner = tl.load(row + INNER)
     pieces = tl.load(row + PIECES)
     row_length = tl.load(row + GROUPS) * inner
-    span = COLUMNS // inner * inner
+    span = COLUMNS // inner.to(tl.int32) * inner
     if ALIGNED:
         row_length = row_length // VECTOR * VECTOR
         span = COLUMNS  # inner is 1 then
-    panels = tl.cdiv(row_length, span)
-    team = tile // pieces
-    piece = tile % pieces
-    block = team // panels
-    left = (team % panels) * span
-    base = (block * outer + piece * ROWS) * row_length + left
+    panels = tl.cdiv(row_length, span).to(tl.int32)
+    block = (team // panels).to(tl.int64)
+    left = (team % panels).to(tl.int64) * span
+    above = piece.to(tl.int64) * ROWS
+    base = (block * outer + above) * row_length + left
     r = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)
     inside = (column < span) & (column < row_length - left)
-    mask = (r < outer - piece * ROWS) & inside[None, :]
+    mask = (r < outer - above) & inside[None, :]
     offsets = r * row_length + column[None, :]
     own_factors = factors + tl.load(row + FACTORS) + block * row_length + left + column
     arrivals += tl.load(row + TEAMS) + team
@@ -661,7 +666,7 @@ def _columns_tile(
     if PHASE == 0:
         sums = tl.sum(_squares(t, c), axis=0)
         of_block = partials + tl.load(row + PARTIALS) + block * pieces * row_length + left + column
-        tl.store(of_block + piece * row_length, sums, mask=inside)
+        tl.store(of_block + piece.to(tl.int64) * row_length, sums, mask=inside)
         if _arrive(arrivals, pieces):
             total = tl.zeros([COLUMNS], tl.float64)
             for i in range(0, pieces, ROWS):
@@ -685,7 +690,8 @@ def _columns_tile(
 
 @triton.jit
 def _long_tile(
-    row, c, tile, partials, factors, arrivals, ready, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
+    row, c, team, piece, partials, factors, arrivals, ready,
+    PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr,
     Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
 ):
@@ -696,11 +702,10 @@ def _long_tile(
     pieces = tl.load(row + PIECES)
     if ALIGNED:
         inner = inner // VECTOR * VECTOR
-    in_run = pieces // outer
-    team = tile // pieces
-    piece = tile % pieces
-    run = (team // groups * outer + piece // in_run) * groups + team % groups
-    skipped = piece % in_run * TILE
+    in_run = pieces.to(tl.int32) // outer.to(tl.int32)
+    block = (team // groups.to(tl.int32)).to(tl.int64)
+    run = (block * outer + piece // in_run) * groups + team % groups.to(tl.int32)
+    skipped = (piece % in_run).to(tl.int64) * TILE
     base = run * inner + skipped
     offsets = tl.arange(0, TILE)
     mask = offsets < inner - skipped
@@ -718,7 +723,7 @@ def _long_tile(
     if PHASE == 0 and T == A:
         tl.store(_at(row, PARAM, T, base, ALIGNED) + offsets, t, mask=mask)
     if PHASE == 0:
-        partials += tl.load(row + PARTIALS) + team * pieces
+        partials += tl.load(row + PARTIALS) + team.to(tl.int64) * pieces
         tl.store(partials + piece, tl.sum(_squares(t, c), axis=0))
         if _arrive(arrivals, pieces):
             total = tl.zeros([TILE], tl.float64)
@@ -745,11 +750,12 @@ def split_kernel(
     then for each team a counter of arrivals, then for each whether its factors are there.
     """
     ticket = tl.atomic_add(sync, 1, sem="relaxed")
-    item = work + ticket.to(tl.int64) * 3
+    item = work + ticket.to(tl.int64) * ITEM
     row = table + tl.load(item).to(tl.int64) * TABLE
     c = coefficients + tl.load(item).to(tl.int64) * N_COEFFICIENTS
     kind = tl.load(item + 1)
-    tile = tl.load(item + 2).to(tl.int64)
+    team = tl.load(item + 2)
+    piece = tl.load(item + 3)
     arrivals = sync + 1
     ready = sync + 1 + n_teams
     if tl.load(found_inf) == 0:
@@ -758,12 +764,14 @@ def split_kernel(
                 if (KINDS >> (2 * phase + aligned)) & 1:
                     if kind == 2 * phase + aligned:
                         _columns_tile(
-                            row, c, tile, partials, factors, arrivals, ready, phase, aligned == 1,
+                            row, c, team, piece, partials, factors, arrivals, ready,
+                            phase, aligned == 1,
                             ROWS, COLUMNS, Advance, Apply, STATES, Prox, T, A, VECTOR,
                         )
                 if (KINDS >> (6 + 2 * phase + aligned)) & 1:
                     if kind == 6 + 2 * phase + aligned:
                         _long_tile(
-                            row, c, tile, partials, factors, arrivals, ready, phase, aligned == 1,
+                            row, c, team, piece, partials, factors, arrivals, ready,
+                            phase, aligned == 1,
                             TILE, Advance, Apply, STATES, Prox, T, A, VECTOR,
                         )

@@ -33,12 +33,13 @@ def unavailable() -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"no triton: {error}"
-    if not (torch.cuda.is_available() or _interpreting()):
+    if not (torch.cuda.is_available() or interpreting()):
         return "no GPU that torch can use, and TRITON_INTERPRET is not 1"
     return None
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Return whether Triton interprets its kernels, on CPU tensors, and compiles nothing."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -55,7 +56,7 @@ def load() -> ModuleType:
 
 def rejects(batch: Batch) -> str | None:
     """Return why Triton cannot run this batch; None if it can."""
-    if batch.device.type != "cuda" and not (batch.device.type == "cpu" and _interpreting()):
+    if batch.device.type != "cuda" and not (batch.device.type == "cpu" and interpreting()):
         return f"it has no kernels for {batch.device.type}"
     if batch.penalty not in load().PENALTIES:
         return f"it has no penalty {batch.penalty!r}"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,9 +45,9 @@ class Work:
     """Tiles of one kernel, in the order in which they begin.
 
     Attributes:
-        items: int32, [tiles, 3]: index of the tensor, kind, index of the tile. A kind is twice
-            one of the constants above, plus 1 where addresses and lengths are multiples of a
-            vector of 16 bytes.
+        items: int32, [tiles, 4]: index of the tensor, kind, team, piece (of resident tiles: the
+            tile, 0). A kind is twice one of the constants above, plus 1 where addresses and
+            lengths are multiples of a vector of 16 bytes.
         kinds: a bit for each kind among them.
     """
 
@@ -86,8 +87,7 @@ def plan(views: Sequence[GroupView], aligned: Sequence[bool], vector: int) -> Sc
     """
     layout = np.zeros((len(views), 7), np.int64)
     resident: list[Items] = []
-    first: list[Items] = []
-    second: list[Items] = []
+    split: list[tuple[Items, Items]] = []
     n_partials = n_factors = n_teams = 0
     for index, (view, at_16) in enumerate(zip(views, aligned, strict=True)):
         blocks, outer, groups, inner = view.blocks, view.outer, view.groups, view.inner
@@ -118,11 +118,12 @@ def plan(views: Sequence[GroupView], aligned: Sequence[bool], vector: int) -> Sc
                 kind, sums, factors = LONG_KIND, teams * pieces, teams
             layout[index, 4:] = n_partials, n_teams, n_factors
             if pieces == 1:
-                first.append(_items(index, kind + WHOLE, wide, teams))
-                second.append(np.empty((0, 3), np.int32))
+                split.append((_items(index, kind + WHOLE, wide, teams), _NONE))
             else:
-                first.append(_items(index, kind + FIRST, wide, teams * pieces))
-                second.append(_items(index, kind + SECOND, wide, teams * pieces))
+                both = (
+                    _items(index, kind + phase, wide, teams, pieces) for phase in (FIRST, SECOND)
+                )
+                split.append((next(both), next(both)))
                 n_partials += sums
                 n_factors += factors
                 n_teams += teams
@@ -130,7 +131,7 @@ def plan(views: Sequence[GroupView], aligned: Sequence[bool], vector: int) -> Sc
     return Schedule(
         layout,
         _work(resident),
-        _work([_in_turn(first, second, layout)]),
+        _work([_in_turn(split)]),
         n_partials,
         n_factors,
         n_teams,
@@ -144,31 +145,33 @@ def _flat(index: int, n: int, aligned: bool) -> list[Items]:
     return [_items(index, FLAT, True, full), rest]
 
 
-def _in_turn(first: list[Items], second: list[Items], layout: NDArray[np.int64]) -> Items:
+def _in_turn(split: list[tuple[Items, Items]]) -> Items:
     """Return both passes' tiles in one order: each team's second pass LAG tiles after its first."""
-    if not first:
-        return np.empty((0, 3), np.int32)
-    begins = np.cumsum([0, *map(len, first)])
-    keys = [np.arange(begins[-1], dtype=np.float64)]
-    for start, items in zip(begins, second, strict=False):
-        if len(items):
-            pieces = int(layout[items[0, 0], 3])
-            last_of_team = start + (items[:, 2] // pieces + 1) * pieces - 1
-            keys.append(last_of_team + LAG + 0.5)
-    items = np.concatenate([*first, *second])
+    keys = [np.empty(0)]
+    begun = 0
+    for first, second in split:
+        pieces = 1 + second[-1, 3] if len(second) else 1
+        keys.append(np.arange(begun, begun + len(first), dtype=np.float64))
+        keys.append(begun + (second[:, 2] + 1.0) * pieces - 0.5 + LAG)
+        begun += len(first)
+    items = np.concatenate([_NONE, *chain(*split)])
     return items[np.argsort(np.concatenate(keys), kind="stable")]
 
 
-def _items(index: int, kind: int, aligned: bool, tiles: int) -> Items:
-    items = np.empty((tiles, 3), np.int32)
+_NONE: Items = np.empty((0, 4), np.int32)
+
+
+def _items(index: int, kind: int, aligned: bool, tiles: int, pieces: int = 1) -> Items:
+    items = np.empty((tiles * pieces, 4), np.int32)
     items[:, 0] = index
     items[:, 1] = 2 * kind + aligned
-    items[:, 2] = np.arange(tiles)
+    items[:, 2] = np.repeat(np.arange(tiles), pieces)
+    items[:, 3] = np.tile(np.arange(pieces), tiles)
     return items
 
 
 def _work(parts: list[Items]) -> Work:
-    items = np.concatenate(parts) if parts else np.empty((0, 3), np.int32)
+    items = np.concatenate([_NONE, *parts])
     kinds = sum(1 << int(kind) for kind in np.unique(items[:, 1]))
     return Work(np.ascontiguousarray(items), kinds)
 

@@ -1,0 +1,178 @@
+"""What Triton's compiler makes of the kernels, read without a GPU: registers, spills, instructions.
+
+Run: python -m bench.triton_sass        a table for the H100 and H200 (sm_90)
+
+Slots are instructions of the whole kernel over the weights of a thread, the fixed part of a tile
+included, and for "columns first" and "long first" what only the last tile of a team does. The
+budget: at an H200's 4.3 TB/s there are 41 slots for every 6 bytes that a weight moves.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tl1kernels.backends import triton_kernels as kernels
+from tl1kernels.backends import triton_launch, triton_schedule
+from tl1kernels.batch import state_dtype
+
+H200 = GPUTarget("cuda", 90, 32)
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": H200,
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+STATES = {"assign": 0, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}
+SLOTS_PER_BYTE = 41 / 6
+
+_SPLIT = triton_schedule.COLUMNS_KIND, triton_schedule.LONG_KIND
+# name: kernel, bit of its kind; each for aligned addresses, or not
+TILES = {
+    "flat": (kernels.resident_kernel, 2 * triton_schedule.FLAT),
+    **{f"rows {1 << k}": (kernels.resident_kernel, 2 * k) for k in range(14)},
+    **{
+        f"{name} {phase}": (kernels.split_kernel, 2 * (kind + i))
+        for name, kind in zip(("columns", "long"), _SPLIT, strict=True)
+        for i, phase in enumerate(("first", "second", "whole"))
+        if (name, phase) != ("long", "whole")
+    },
+}
+
+# What the table has.
+DTYPES = (torch.float32, torch.bfloat16)
+RULES = ("sgd", "sgd_momentum", "adam")
+ONE_PASS = ("flat", "rows 512", "rows 4096", "rows 8192")
+TWO_PASSES = ("columns first", "columns second", "long first", "long second")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled kernel: what ptxas says of it, and its instructions by their full names."""
+
+    registers: int
+    stack: int
+    local: int
+    instructions: Counter
+
+    def count(self, prefix: str) -> int:
+        """Return how many instructions begin so."""
+        return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
+
+    @property
+    def slots(self) -> int:
+        """Return how many instructions there are."""
+        return sum(self.instructions.values()) - self.count("NOP")
+
+
+def compiled(tile, rule, penalty, dtype, aligned=True, target=H200):
+    """Compile one kind of tile for a target; return Triton's compiled kernel."""
+    kernel, kind = TILES[tile]
+    advance, apply = kernels.RULES[rule]
+    constants = {
+        "Advance": advance,
+        "Apply": apply,
+        "STATES": STATES[rule],
+        "Prox": kernels.PENALTIES[penalty][1],
+        "T": _named(dtype),
+        "A": _named(state_dtype(dtype)),
+        "VECTOR": 16 // dtype.itemsize,
+        "KINDS": 1 << (kind + aligned),
+        "TILE": triton_schedule.TILE,
+        "ROWS": triton_schedule.ROWS,
+        "COLUMNS": triton_schedule.COLUMNS,
+    }
+    return _compile(kernel, constants, dtype, triton_launch.WARPS, target)
+
+
+def compiled_prepare(rule, penalty, dtype, counters=False, target=H200):
+    """Compile the kernel of the coefficients; return Triton's compiled kernel."""
+    constants = {
+        "Prepare": kernels.PENALTIES[penalty][0],
+        "ADAM": rule.startswith("adam"),
+        "COUNTERS": counters,
+        "A": _named(state_dtype(dtype)),
+        "BLOCK": triton_launch.BLOCK,
+    }
+    return _compile(kernels.prepare_kernel, constants, dtype, 2, target)
+
+
+def _compile(kernel, constants, dtype, warps, target):
+    wide = "*fp64" if state_dtype(dtype) == torch.float64 else "*fp32"
+    types = {"table": "*i64", "scalars": "*fp64", "work": "*i32", "sync": "*i32"}
+    types |= dict.fromkeys(("coefficients", "partials", "factors"), wide)
+    types |= dict.fromkeys(("grad_scale", "found_inf"), "*fp32")
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    used = {name: constants[name] for name in kernel.arg_names if name in constants}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=aligned)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
+
+
+def _named(dtype):
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def code_of(compiled_kernel) -> Code:
+    """Disassemble a kernel that was compiled for an NVIDIA GPU."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled_kernel.asm["cubin"])
+        usage, sass = (
+            subprocess.run(
+                [tools / "cuobjdump", flag, cubin], check=True, capture_output=True, text=True
+            ).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+    return Code(*map(int, found.groups()), Counter(line.findall(sass)))
+
+
+def weights_per_thread(tile: str) -> float:
+    """Return how many weights a thread of a tile takes."""
+    weights = 8192 if tile == "rows 8192" else triton_schedule.TILE
+    return weights / (32 * triton_launch.WARPS)
+
+
+def bytes_per_weight(rule: str, dtype: torch.dtype) -> int:
+    """Return what a step must read and write: gradient, and twice parameter and state."""
+    return 3 * dtype.itemsize + 2 * STATES[rule] * state_dtype(dtype).itemsize
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"triton {triton.__version__}, sm_90, TL1; a weight's slots and special functions")
+    print(f"{'':34}{'registers':>10}{'slots':>8}{'budget':>8}{'special':>9}{'16-byte loads':>15}")
+    for dtype, rule, tile in product(DTYPES, RULES, (*ONE_PASS, *TWO_PASSES)):
+        budget = SLOTS_PER_BYTE * bytes_per_weight(rule, dtype)
+        code = code_of(compiled(tile, rule, "tl1", dtype))
+        n = weights_per_thread(tile)
+        name = f"{str(dtype).removeprefix('torch.')} {rule} {tile}"
+        print(
+            f"{name:34}{code.registers:>10}{code.slots / n:>8.1f}{budget:>8.0f}"
+            f"{code.count('MUFU') / n:>9.2f}{code.instructions['LDG.E.128']:>15}"
+        )
+
+
+if __name__ == "__main__":
+    main()

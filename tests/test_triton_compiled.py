@@ -1,0 +1,97 @@
+"""What Triton's compiler makes of the kernels for GPUs that are not here.
+
+Compiling and interpreting do not go together in one process: `make test` runs this file where
+TRITON_INTERPRET is not set.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tl1kernels import PENALTIES
+from tl1kernels.backends import triton_launch
+from tl1kernels.plan import FLOAT_DTYPES as DTYPES
+
+pytest.importorskip("triton")
+if triton_launch.interpreting():
+    pytest.skip("TRITON_INTERPRET is set", allow_module_level=True)
+
+from bench import triton_sass
+from bench.triton_sass import STATES, TARGETS, TILES
+
+BINARY = {"cuda": "cubin", "hip": "hsaco"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("penalty", [None, *PENALTIES])
+@pytest.mark.parametrize("rule", STATES)
+def test_every_rule_and_penalty_is_a_binary_for_every_gpu(target, penalty, rule):
+    """With the tiles, and the dtypes, in turn."""
+    gpu = TARGETS[target]
+    i = list(STATES).index(rule) + list(TARGETS).index(target) + [None, *PENALTIES].index(penalty)
+    dtype = DTYPES[i % 4]
+    tile = ("flat", "columns first", "columns second", "long first", "long second")[i % 5]
+    code = triton_sass.compiled(tile, rule, penalty, dtype, target=gpu)
+    assert code.asm[BINARY[gpu.backend]]
+    prepare = triton_sass.compiled_prepare(rule, penalty, dtype, i % 2 == 0, target=gpu)
+    assert prepare.asm[BINARY[gpu.backend]]
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile_is_a_binary_for_every_gpu(tile):
+    for i, gpu in enumerate(TARGETS.values()):
+        aligned = (i + list(TILES).index(tile)) % 2 == 0
+        code = triton_sass.compiled(tile, "sgd", "tl1", torch.float32, aligned, gpu)
+        assert code.asm[BINARY[gpu.backend]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", ["rows 8192", "columns whole", "columns first", "long first"])
+def test_on_hopper_nothing_is_spilled(tile, dtype):
+    """The rule with the most state, on the tiles that hold the most."""
+    for aligned in (True, False):
+        compiled = triton_sass.compiled(tile, "adam_amsgrad", "tl1", dtype, aligned)
+        code = triton_sass.code_of(compiled)
+        assert (code.stack, code.local) == (0, 0)
+        assert code.count("LDL") + code.count("STL") == 0
+
+
+@pytest.mark.parametrize("dtype", triton_sass.DTYPES)
+@pytest.mark.parametrize("rule", triton_sass.RULES)
+@pytest.mark.parametrize("tile", triton_sass.ONE_PASS)
+def test_on_hopper_aligned_tiles_are_16_byte_accesses_within_the_budget(tile, rule, dtype):
+    code = triton_sass.code_of(triton_sass.compiled(tile, rule, "tl1", dtype))
+    assert (code.stack, code.local) == (0, 0)
+    weights = triton_sass.weights_per_thread(tile)
+    wide = torch.float32.itemsize * STATES[rule]
+    read, written = weights * (2 * dtype.itemsize + wide), weights * (dtype.itemsize + wide)
+    assert code.instructions["LDG.E.128"] == read / 16
+    assert code.instructions["STG.E.128"] == code.count("STG") == written / 16
+    budget = triton_sass.SLOTS_PER_BYTE * triton_sass.bytes_per_weight(rule, dtype)
+    assert 10 < code.slots / weights <= budget
+
+
+def test_the_table_of_slots_prints(capsys):
+    triton_sass.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    tiles = (*triton_sass.ONE_PASS, *triton_sass.TWO_PASSES)
+    assert len(rows) == len(triton_sass.DTYPES) * len(triton_sass.RULES) * len(tiles)
+    assert all(float(row[-4]) > 0 for row in rows)
+
+
+def test_the_polynomials_are_what_their_script_finds():
+    root = Path(__file__).parents[1]
+    script = [sys.executable, "-B", str(root / "csrc" / "tl1_constants.py"), "--triton"]
+    done = subprocess.run(script, check=True, capture_output=True, text=True)
+    kernels = root / "tl1kernels" / "backends" / "triton_kernels.py"
+    assert done.stdout.strip() in kernels.read_text()
