@@ -17,7 +17,7 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -k triton
 	$(BIN)/tl1kernels verify --backend reference
 	$(BIN)/tl1kernels verify
 	TRITON_INTERPRET=1 $(BIN)/tl1kernels verify --backend triton

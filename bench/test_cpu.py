@@ -6,25 +6,27 @@ against the reference, and the path that it takes, on fresh random input. A rati
 is a failure.
 """
 
-import math
-
 import pytest
 import torch
 
 import tl1kernels as tk
+from bench.cases import (
+    LAM,
+    LR,
+    REGULARIZER,
+    RULES,
+    eager_step,
+    fresh,
+    resnet50,
+    step_of,
+    steps_on_one_memory,
+)
 from tl1kernels.backends import native
 from tl1kernels.views import view_of
 
 if native.unavailable() is not None:
     pytest.skip(f"no native library: {native.unavailable()}", allow_module_level=True)
 
-LR, LAM, A, MU = 0.01, 0.05, 1.0, 0.5
-REGULARIZER = {"lam": LAM, "a": A, "mu": MU}
-RULES = {
-    "SGD": (tk.ProxSGD, torch.optim.SGD, {}, 3),
-    "SGD momentum": (tk.ProxSGD, torch.optim.SGD, {"momentum": 0.9}, 5),
-    "AdamW": (tk.ProxAdamW, torch.optim.AdamW, {}, 7),
-}  # ours, torch's, options, reads and writes a weight
 BUILDS = torch.ops.tl1kernels.cpu_builds().split()
 
 
@@ -34,33 +36,6 @@ def _two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def fresh(shape, dtype=torch.float32):
-    """Return a parameter like a trained layer's, with a gradient."""
-    p = torch.randn(shape).mul_(0.05).to(dtype).requires_grad_()
-    p.grad = torch.randn(shape).mul_(0.01).to(dtype)
-    return p
-
-
-def step_of(rule, p, **regularizer):
-    ours, _, options, _ = RULES[rule]
-    return ours([p], lr=LR, **options, **regularizer).step
-
-
-def steps_on_one_memory(rule, given, **regularizer):
-    """Return our step and torch's on the same parameters, gradients and state.
-
-    How fast memory is differs from one allocation to the next, by more than the two steps do.
-    """
-    ours, torchs, options, _ = RULES[rule]
-    mine = ours(given, lr=LR, **options, **regularizer)
-    mine.step()
-    params = [p for group in mine.param_groups for p in group["params"]]
-    theirs = torchs(params, lr=LR, fused=True, **options)
-    for p in params:
-        theirs.state[p] = dict(mine.state[p])
-    return mine.step, theirs.step
 
 
 def check_step(rule, shape, group_by, dtype, path, **regularizer):
@@ -147,23 +122,6 @@ def test_rows_mostly_zero(against):
     against("SGD, rows, 90 % zeros", ours, {peer: dense}, {peer: 1.1}, 3 * p.nbytes)
 
 
-@torch.no_grad()
-def eager_step(p, g):
-    """Take the step as a user would type it from the paper: SGD, eq. 11, group lasso on rows."""
-    tau, c = LR * LAM * MU, LR * LAM * (1 - MU)
-    v = p - LR * g
-    if tau <= A * A / (2 * (A + 1)):
-        threshold = tau * (A + 1) / A
-    else:
-        threshold = math.sqrt(2 * tau * (A + 1)) - A / 2
-    size = v.abs()
-    phi = torch.arccos((1 - 27 * tau * A * (A + 1) / (2 * (A + size) ** 3)).clamp(-1, 1))
-    t = v.sign() * (2 / 3 * (A + size) * torch.cos(phi / 3) - 2 * A / 3 + size / 3)
-    t = torch.where(size <= threshold, 0.0, t)
-    norm = t.norm(dim=1, keepdim=True)
-    p.copy_(t * torch.where(norm > 0, (1 - c / norm).clamp(min=0), 0.0))
-
-
 def test_the_papers_step_eager_and_compiled(against):
     p, q, r = (fresh((4096, 4096)) for _ in range(3))
     with torch.no_grad():
@@ -208,24 +166,6 @@ def test_torchao_pat_on_its_own_job(against, job):
     ours = step_of("SGD", p, lam=LAM, **options)
     case = "SGD, l1" if job == "lasso" else f"SGD, group lasso, {job}"
     against(case, ours, {peer: pat.step}, {peer: 1 / speed_up}, 3 * p.nbytes, rounds=9)
-
-
-def resnet50():
-    """Return the shapes of a ResNet-50's 161 parameters (He et al. 2016)."""
-
-    def block(channels, width):
-        yield from ((width, channels, 1, 1), (width,), (width,))
-        yield from ((width, width, 3, 3), (width,), (width,))
-        yield from ((4 * width, width, 1, 1), (4 * width,), (4 * width,))
-
-    shapes, channels = [(64, 3, 7, 7), (64,), (64,)], 64
-    for width, depth in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for i in range(depth):
-            shapes += block(channels, width)
-            if i == 0:
-                shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
-            channels = 4 * width
-    return [*shapes, (1000, 2048), (1000,)]
 
 
 @pytest.mark.parametrize("groups", ["one param group", "one for each layer"])

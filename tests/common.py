@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tl1kernels as tk
+from tl1kernels import backends
 from tl1kernels.backends import triton_launch
 from tl1kernels.verify import RULES, bounds_of
 
@@ -62,6 +63,15 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def skip_unless_it_runs(backend):
+    """Skip a test whose tensors are on the CPU where this backend cannot take them."""
+    reason = backends.BACKENDS[backend].unavailable()
+    if backend == "triton" and not reason and not triton_launch.interpreting():
+        reason = "it compiles for the GPU here; see test_triton.py and test_gpu.py"
+    if reason:
+        pytest.skip(f"backend {backend}: {reason}")
 
 
 def many_steps(backend):

@@ -4,6 +4,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.common import skip_unless_it_runs
 from tl1kernels import backends
 
 # Pick the examples from the test's own code, not from a clock: a red run can be repeated.
@@ -15,9 +16,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(scope="module", params=backends.BACKENDS)
 def each_backend(request):
     """Run a module's tests on every backend that this machine has."""
-    reason = backends.BACKENDS[request.param].unavailable()
-    if reason:
-        pytest.skip(f"backend {request.param}: {reason}")
+    skip_unless_it_runs(request.param)
     with backends.use_backend(request.param):
         yield request.param
 
@@ -32,9 +31,7 @@ def _kernels():
 def kernels(request, monkeypatch):
     """Run a test on the native library for every instruction set, and on Triton; the backend."""
     backend, _, build = request.param.partition(" ")
-    reason = backends.BACKENDS[backend].unavailable()
-    if reason:
-        pytest.skip(f"backend {backend}: {reason}")
+    skip_unless_it_runs(backend)
     if build:
         monkeypatch.setenv("TL1KERNELS_CPU", build)
         assert torch.ops.tl1kernels.cpu_build() == build

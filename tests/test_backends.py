@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tl1kernels as tk
+from tests.common import skip_unless_it_runs
 from tl1kernels import backends, plan
 from tl1kernels.backends import native
 from tl1kernels.batch import SGD, Adam, Assign, Entry
@@ -141,9 +142,7 @@ def test_info_tells_what_is_wrong_with_the_environment(monkeypatch):
 @pytest.mark.parametrize("penalty", [None, *tk.PENALTIES])
 @pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_every_backend_takes_every_rule_and_penalty(backend, rule, penalty):
-    reason = backends.BACKENDS[backend].unavailable()
-    if reason:
-        pytest.skip(reason)
+    skip_unless_it_runs(backend)
     assert chosen(work(rule=rule(), penalty=penalty), backend=backend) == [backend]
 
 

@@ -39,9 +39,9 @@ def test_bad_options_at_construction_in_a_group_and_between_steps(options, error
     assert not optimizer.state
 
 
-def test_capturable_is_refused_until_a_backend_can():
-    with pytest.raises(ValueError, match="capturable must be False, got True"):
-        tk.ProxAdam([torch.ones(2, 2, requires_grad=True)], capturable=True)
+def test_differentiable_is_refused():
+    with pytest.raises(ValueError, match="differentiable must be False, got True"):
+        tk.ProxAdam([torch.ones(2, 2, requires_grad=True)], differentiable=True)
 
 
 def dampened():

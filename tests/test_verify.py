@@ -58,9 +58,9 @@ def plant_wrong_group_scale(monkeypatch):
 def plant_stale_last_element(monkeypatch):
     right = reference._run_entry
 
-    def wrong(rule, penalty, entry):
+    def wrong(rule, penalty, entry, grad_scale):
         old = entry.param.detach().clone()
-        right(rule, penalty, entry)
+        right(rule, penalty, entry, grad_scale)
         index = (-1,) * old.ndim
         entry.param[index] = old[index]
 

@@ -367,7 +367,7 @@ def _plain(option: Any) -> Any:
 
     One on a device is not read: whoever uses it looks at its value anew.
     """
-    if isinstance(option, Tensor) and option.device.type != "cpu":
+    if isinstance(option, Tensor) and option.device.type not in ("cpu", "meta"):
         return _Itself(option)
     if isinstance(option, Tensor):
         return option.item() if option.numel() == 1 else option

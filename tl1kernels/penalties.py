@@ -190,7 +190,8 @@ def number(name: str, value: Any) -> float:
 
 def number_or_tensor(name: str, value: Any) -> float | Tensor:
     """Return `number(name, value)`, but a one-element tensor on a device as it is, unread."""
-    if isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1:
+    elsewhere = isinstance(value, Tensor) and value.device.type not in ("cpu", "meta")
+    if elsewhere and value.numel() == 1:
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a number or a 0-d float tensor, got {value.dtype}")
         return value

@@ -22,6 +22,8 @@ from tl1kernels.optim import ProxAdam, ProxAdamW, ProxSGD
 from tl1kernels.penalties import PENALTIES
 from tl1kernels.plan import FLOAT_DTYPES
 
+_CPU = torch.device("cpu")
+
 GROUPINGS = (None, "out", "in", "in_spatial", "filter_slice", "layer", -1)
 
 RULES: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -170,7 +172,7 @@ def verify(backend: str = "reference", seed: int | None = None) -> Report:
     """Run every check on one backend.
 
     Args:
-        backend: a name of `BACKENDS`.
+        backend: a name of `BACKENDS`; Triton runs on the GPU, unless it interprets.
         seed: of the random input; None draws one.
 
     Raises:
@@ -181,9 +183,11 @@ def verify(backend: str = "reference", seed: int | None = None) -> Report:
     generator = np.random.default_rng(seed)
     checks: list[Check] = []
     bounds = bounds_of(backend)
+    gpu = backend == "triton" and not triton_launch.interpreting()
+    device = torch.device("cuda" if gpu else "cpu")
     with backends.use_backend(backend):
         for part in (_thresholds, _groups, _rules, _steps):
-            checks += part(generator, bounds)
+            checks += part(generator, bounds, device)
     return Report(backend, seed, tuple(checks))
 
 
@@ -217,20 +221,24 @@ def random_shape(
             return a
 
 
-def _thresholds(generator: np.random.Generator, bounds: Bounds) -> Iterator[Check]:
+def _thresholds(
+    generator: np.random.Generator, bounds: Bounds, device: torch.device
+) -> Iterator[Check]:
     """Check single weights against the definition of the prox, in float64 and float32."""
     for name, (dtype, bound) in product(PENALTIES, bounds.prox.items()):
         errors = []
         for v, step, weight, a in hard_cases(name, generator, 100):
             x = torch.tensor([v], dtype=dtype)
-            got = prox(x, step, lam=weight, penalty=name, a=a, mu=1.0)
+            got = prox(x.to(device), step, lam=weight, penalty=name, a=a, mu=1.0).cpu()
             want = oracles.prox_by_definition(x.item(), step, weight, name, a)
             magnified = oracles.ORACLES[name].condition(abs(v), step * weight, a)
             errors.append(_ulps(got, np.array([float(want)]), x.numpy()) / magnified)
         yield _check("prox", name, dtype, "the definition, by search", errors, bound)
 
 
-def _groups(generator: np.random.Generator, bounds: Bounds) -> Iterator[Check]:
+def _groups(
+    generator: np.random.Generator, bounds: Bounds, device: torch.device
+) -> Iterator[Check]:
     """Thresholds with groups on random tensors against eq. 22 written as loops."""
     for penalty in (None, *PENALTIES):
         errors: list[Any] = []
@@ -246,8 +254,8 @@ def _groups(generator: np.random.Generator, bounds: Bounds) -> Iterator[Check]:
                 "group_weight": group_weight,
             }
             layout = torch.channels_last if generator.random() < 0.5 else torch.contiguous_format
-            x = torch.from_numpy(v).to(memory_format=layout)
-            got = prox(x, 0.3, **options).numpy()
+            x = torch.from_numpy(v).to(device, memory_format=layout)
+            got = prox(x, 0.3, **options).cpu().numpy()
             want = oracles.prox_as_published(v, 0.3, **options)
             errors += [np.abs(got - want)]
         row = f"{penalty or 'no penalty'} + groups"
@@ -255,12 +263,13 @@ def _groups(generator: np.random.Generator, bounds: Bounds) -> Iterator[Check]:
         yield _check("tensors", row, torch.float64, against, errors, 1e-12, "absolute terms")
 
 
-def _rules(generator: np.random.Generator, bounds: Bounds) -> Iterator[Check]:
+def _rules(generator: np.random.Generator, bounds: Bounds, device: torch.device) -> Iterator[Check]:
     """Check 20 steps with lam = 0 against torch.optim in float64."""
     for name, (ours, torchs, options) in RULES.items():
         start = torch.from_numpy(generator.normal(size=(7, 5)))
         gradients = [torch.from_numpy(generator.normal(size=(7, 5))) for _ in range(20)]
-        got, want = (_train(c, start, gradients, options) for c in (ours, torchs))
+        got = _train(ours, start, gradients, options, device)
+        want = _train(torchs, start, gradients, options)
         largest = np.full(want.shape, want.abs().max().item())
         errors = _ulps(got, want.numpy(), largest)
         unit = "ulp of the largest weight"
@@ -268,7 +277,7 @@ def _rules(generator: np.random.Generator, bounds: Bounds) -> Iterator[Check]:
         yield _check(section, name, torch.float64, "torch.optim", [errors], bounds.rule, unit)
 
 
-def _steps(generator: np.random.Generator, bounds: Bounds) -> Iterator[Check]:
+def _steps(generator: np.random.Generator, bounds: Bounds, device: torch.device) -> Iterator[Check]:
     """One whole step, every dtype, against torch.optim in float64 and then eq. 22."""
     for name, penalty, group_by, dtype in product(
         RULES, (None, *PENALTIES), GROUPINGS, FLOAT_DTYPES
@@ -284,7 +293,7 @@ def _steps(generator: np.random.Generator, bounds: Bounds) -> Iterator[Check]:
             "penalty": penalty,
             "group_by": group_by,
         }
-        got = _train(ours, start, gradient, {**options, **regularizer, "lr": 0.1})
+        got = _train(ours, start, gradient, {**options, **regularizer, "lr": 0.1}, device)
         wide = [g.double() for g in gradient]
         v = _train(torchs, start.double(), wide, {**options, "lr": 0.1}).numpy()
         want = oracles.prox_as_published(v, 0.1, **regularizer)
@@ -326,14 +335,15 @@ def _train(
     start: Tensor,
     gradients: list[Tensor],
     options: dict[str, Any],
+    device: torch.device = _CPU,
 ) -> Tensor:
-    """Return `start` after a step for each gradient."""
-    param = start.clone().requires_grad_()
+    """Return `start` after a step on the device for each gradient."""
+    param = start.to(device, copy=True).requires_grad_()
     optimizer = kind([param], **options)
     for gradient in gradients:
-        param.grad = gradient.clone()
+        param.grad = gradient.to(device, copy=True)
         optimizer.step()
-    return param.detach()
+    return param.detach().cpu()
 
 
 def _ulps(got: Tensor, want: np.ndarray, v: np.ndarray) -> np.ndarray:

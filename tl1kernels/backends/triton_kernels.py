@@ -355,7 +355,7 @@ def _there(column, otherwise, mask):
     return tl.where(on_device, number.to(tl.float64), otherwise)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_sync", "maximize", "nesterov", "decoupled"])
 def prepare_kernel(
     table, scalars, coefficients, sync, n, n_sync, grad_scale, found_inf, maximize, nesterov,
     decoupled, Prepare: tl.constexpr, ADAM: tl.constexpr, COUNTERS: tl.constexpr, A: tl.constexpr,
@@ -736,7 +736,7 @@ def _long_tile(
         _write(row, c, base, offsets, mask, t * tl.load(factors), T, ALIGNED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_teams"])
 def split_kernel(
     table, coefficients, work, found_inf, partials, factors, sync, n_teams, Advance: tl.constexpr,
     Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
