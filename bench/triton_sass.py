@@ -74,7 +74,7 @@ class Code:
         return sum(self.instructions.values()) - self.count("NOP")
 
 
-def compiled(tile, rule, penalty, dtype, aligned=True, target=H200):
+def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=False):
     """Compile one kind of tile for a target; return Triton's compiled kernel."""
     kernel, kind = TILES[tile]
     advance, apply = kernels.RULES[rule]
@@ -90,6 +90,7 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200):
         "TILE": triton_schedule.TILE,
         "ROWS": triton_schedule.ROWS,
         "COLUMNS": triton_schedule.COLUMNS,
+        **({} if stochastic else {"seed": None}),
     }
     return _compile(kernel, constants, dtype, triton_launch.WARPS, target)
 
@@ -108,7 +109,7 @@ def compiled_prepare(rule, penalty, dtype, counters=False, target=H200):
 
 def _compile(kernel, constants, dtype, warps, target):
     wide = "*fp64" if state_dtype(dtype) == torch.float64 else "*fp32"
-    types = {"table": "*i64", "scalars": "*fp64", "work": "*i32", "sync": "*i32"}
+    types = {"table": "*i64", "seed": "i64", "scalars": "*fp64", "work": "*i32", "sync": "*i32"}
     types |= dict.fromkeys(("coefficients", "partials", "factors"), wide)
     types |= dict.fromkeys(("grad_scale", "found_inf"), "*fp32")
     signature = {

@@ -15,6 +15,7 @@ BAD = [
     ({"group_by": 7}, ValueError, r"group_by=7 must be a dim in \[-2, 1\]"),
     ({"group_weight": 2}, ValueError, "group_weight must be None or 'sqrt', got 2"),
     ({"min_ndim": -1}, ValueError, "min_ndim must be an int >= 0, got -1"),
+    ({"rounding": "up"}, ValueError, "rounding must be 'nearest' or 'stochastic', got 'up'"),
     ({"differentiable": True}, ValueError, "differentiable must be False"),
     ({"lr": -1.0}, ValueError, "learning rate: -1.0"),
 ]

@@ -55,6 +55,16 @@ def test_every_tile_is_a_binary_for_every_gpu(tile):
         assert code.asm[BINARY[gpu.backend]]
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_stochastic_rounding_is_a_binary_for_every_gpu(target):
+    gpu = TARGETS[target]
+    for tile in ("flat", "columns second"):
+        code = triton_sass.compiled(
+            tile, "adam", "tl1", torch.bfloat16, target=gpu, stochastic=True
+        )
+        assert code.asm[BINARY[gpu.backend]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", ["rows 8192", "columns whole", "columns first", "long first"])
 def test_on_hopper_nothing_is_spilled(tile, dtype):

@@ -58,9 +58,9 @@ def plant_wrong_group_scale(monkeypatch):
 def plant_stale_last_element(monkeypatch):
     right = reference._run_entry
 
-    def wrong(rule, penalty, entry, grad_scale):
+    def wrong(rule, penalty, entry, *more):
         old = entry.param.detach().clone()
-        right(rule, penalty, entry, grad_scale)
+        right(rule, penalty, entry, *more)
         index = (-1,) * old.ndim
         entry.param[index] = old[index]
 

@@ -86,6 +86,7 @@ class Entry:
         terms: the regularizer's weights and shape; both weights 0 leave the rule's result as
             it is, to the bit.
         state: the rule's state by name, updated in place.
+        stochastic: whether bfloat16 is rounded stochastically, and not to nearest.
     """
 
     param: Tensor
@@ -94,16 +95,18 @@ class Entry:
     scalars: Mapping[str, float | Tensor]
     terms: Terms
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    stochastic: bool = False
 
 
 @dataclass
 class Batch:
-    """Entries that share a device, a dtype, a rule and a penalty (None: groups alone, or none).
+    """Entries that share a device, a dtype, a rule, a penalty (None: groups alone) and rounding.
 
     Attributes:
         tables: whatever the backend derives from the entries, gradients apart, and wants to find
             again if the next step has the same; emptied when a number or a state tensor changes.
         layouts: the like, from the parameters and views alone; never emptied.
+        stochastic: whether results are rounded stochastically, from `seed`, new in each step.
         grad_scale: 0-d float32 tensor on the device: what gradients are divided by; None for 1.
         found_inf: 0-d float32 tensor on the device: unless 0 nothing changes, counters included.
     """
@@ -115,6 +118,8 @@ class Batch:
     entries: list[Entry]
     tables: dict[str, Any] = field(default_factory=dict)
     layouts: dict[str, Any] = field(default_factory=dict)
+    stochastic: bool = False
+    seed: int | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 

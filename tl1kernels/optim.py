@@ -37,6 +37,8 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
         group_weight: None, or "sqrt" to weigh a group by the square root of its size.
         min_ndim: tensors of fewer dims stay unregularized: 2 spares biases and norm scales. In
             a param group that sets `lam` itself the default is 0: the group says what it wants.
+        rounding: of bfloat16 parameters, "nearest" or "stochastic", which keeps on average what is
+            too small a step for them; its random numbers are those of `torch.manual_seed`.
 
     lr, lam, mu and a may change between steps. State is float32 or better, whatever the
     parameter's dtype, under torch's names: checkpoints go both ways. lr and lam may be tensors on
@@ -85,6 +87,7 @@ class _Proximal(torch.optim.Optimizer):
         group_by: GroupBy = "auto",
         group_weight: str | None = None,
         min_ndim: int = 2,
+        rounding: str = "nearest",
         **kwargs: Any,
     ) -> None:
         # torch's __init__ replaces self.defaults and then calls add_param_group, which is where
@@ -97,6 +100,7 @@ class _Proximal(torch.optim.Optimizer):
             "group_by": group_by,
             "group_weight": group_weight,
             "min_ndim": min_ndim,
+            "rounding": rounding,
         }
         # torch's choice between implementations.
         kwargs.pop("foreach", None)
@@ -187,7 +191,9 @@ class _Proximal(torch.optim.Optimizer):
             entries = []
             for param, (reg, view) in zip(with_grad, regularized, strict=True):
                 assert param.grad is not None
-                entries.append(Entry(param, param.grad, view, scalars, reg.terms(view)))
+                entry = Entry(param, param.grad, view, scalars, reg.terms(view))
+                entry.stochastic = group["rounding"] == "stochastic"
+                entries.append(entry)
                 work.append((rule, reg.penalty, entries[-1]))
             penalties = [reg.penalty for reg, _ in regularized]
             groups.append(_PlannedGroup(rule, penalties, entries))
@@ -211,7 +217,7 @@ class _Proximal(torch.optim.Optimizer):
             if rule != there.rule or [reg.penalty for reg, _ in regularized] != there.penalties:
                 return False
             for entry, (reg, view) in zip(there.entries, regularized, strict=True):
-                if view != entry.view:
+                if view != entry.view or entry.stochastic != (group["rounding"] == "stochastic"):
                     return False
                 entry.scalars, entry.terms = scalars, reg.terms(view)
             planned.options[i] = _plain(new)
@@ -331,6 +337,8 @@ def _check_group(
     min_ndim = group["min_ndim"]
     if not isinstance(min_ndim, int) or isinstance(min_ndim, bool) or min_ndim < 0:
         raise ValueError(f"min_ndim must be an int >= 0, got {min_ndim!r}")
+    if group["rounding"] not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {group['rounding']!r}")
     reg = Regularizer.of(group)
     reg.check_step("lr", number_or_tensor("lr", group["lr"]))
     spared = Regularizer(penalty=reg.penalty)  # lam = 0: the same batch as the others

@@ -24,9 +24,10 @@ def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
     batches: dict[tuple[object, ...], Batch] = {}
     for rule, penalty, entry in work:
         p = entry.param
-        key = (p.device, p.dtype, rule, penalty)
+        stochastic = entry.stochastic and p.dtype == torch.bfloat16
+        key = (p.device, p.dtype, rule, penalty, stochastic)
         if key not in batches:
-            batches[key] = Batch(p.device, p.dtype, rule, penalty, [])
+            batches[key] = Batch(p.device, p.dtype, rule, penalty, [], stochastic=stochastic)
         batches[key].entries.append(entry)
     return [(backends.select(batch, backend), batch) for batch in batches.values()]
 
@@ -35,6 +36,8 @@ def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
 def execute(prepared: Iterable[tuple[str, Batch]]) -> None:
     """Run each batch on its backend, in place."""
     for name, batch in prepared:
+        if batch.stochastic:  # torch.manual_seed makes it the same again
+            batch.seed = int(torch.randint(2**62, (), device="cpu"))
         backends.BACKENDS[name].run(batch)
 
 

@@ -70,6 +70,8 @@ def rejects(batch: Batch) -> str | None:
         return f"it has no kernels for {batch.device.type}"
     if batch.penalty is not None and batch.penalty not in _penalties():
         return f"it has no penalty {batch.penalty!r}"
+    if batch.stochastic:
+        return "stochastic rounding"
     torch.ops.tl1kernels.cpu_build()  # raises where TL1KERNELS_CPU names none
     for entry in batch.entries:
         if entry.param.is_neg():

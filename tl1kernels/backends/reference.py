@@ -152,11 +152,14 @@ def run(batch: Batch) -> None:
     if batch.found_inf is not None and batch.found_inf.item():
         return
     scale = 1.0 if batch.grad_scale is None else batch.grad_scale.item()
-    for entry in batch.entries:
-        _run_entry(batch.rule, batch.penalty, entry, scale)
+    for i, entry in enumerate(batch.entries):
+        seed = None if batch.seed is None else batch.seed + i
+        _run_entry(batch.rule, batch.penalty, entry, scale, seed)
 
 
-def _run_entry(rule: Rule, penalty: str | None, entry: Entry, grad_scale: float) -> None:
+def _run_entry(
+    rule: Rule, penalty: str | None, entry: Entry, grad_scale: float, seed: int | None
+) -> None:
     p, view, (scalars, terms) = entry.param, entry.view, host_numbers(entry)
     state = {name: entry.state[name].to(torch.float64, copy=True) for name in entry.state}
     gradient = entry.grad.to(torch.float64) / grad_scale
@@ -166,7 +169,10 @@ def _run_entry(rule: Rule, penalty: str | None, entry: Entry, grad_scale: float)
         w = view.join(PROX[penalty](view.split(w), scalars["lr"], terms), p.shape)
     for name, stored in entry.state.items():
         stored.copy_(state[name])
-    p.copy_(_to_odd(w) if p.element_size() == 2 else w)
+    if seed is not None:
+        p.copy_(_cut_off_by_chance(w, seed))
+    else:
+        p.copy_(_to_odd(w) if p.element_size() == 2 else w)
     if regularized:
         p.add_(0.0)  # -0.0 + 0.0 = +0.0: a dead weight has one bit pattern
 
@@ -181,3 +187,16 @@ def _to_odd(w: Tensor) -> Tensor:
     bits = nearest.view(torch.int32)
     bits = torch.where(nearest.to(torch.float64).abs() > w.abs(), bits - 1, bits)  # towards zero
     return torch.where(nearest.to(torch.float64) != w, bits | 1, bits).view(torch.float32)
+
+
+def _cut_off_by_chance(w: Tensor, seed: int) -> Tensor:
+    """Return float64 `w` as float32 on one of its two bfloat16 neighbours, unbiased.
+
+    16 random bits are added to the 16 that bfloat16 lacks: a carry comes with a probability of
+    their share of the distance.
+    """
+    narrow = w.to(torch.float32)
+    generator = torch.Generator(w.device).manual_seed(seed)
+    random = torch.randint(1 << 16, w.shape, generator=generator, device=w.device).to(torch.int32)
+    bits = (narrow.view(torch.int32) + random) & -(1 << 16)
+    return torch.where(narrow.isfinite(), bits.view(torch.float32), narrow)

@@ -503,9 +503,17 @@ def _shrink_factor(squares, c):
 
 
 @triton.jit
-def _write(row, c, base, offsets, mask, w, T: tl.constexpr, ALIGNED: tl.constexpr):
+def _write(row, c, stream, base, offsets, mask, w, T: tl.constexpr, ALIGNED: tl.constexpr):
+    """Write the weights; with a stream of random numbers, bfloat16 is rounded stochastically."""
     address = _at(row, PARAM, T, base, ALIGNED) + offsets
-    tl.store(address, (w + tl.load(c + C_ZERO)).to(T), mask=mask)
+    w += tl.load(c + C_ZERO)
+    if stream is not None:
+        # Up with a probability of what is cut off: 16 random bits are added to those.
+        random = tl.randint(stream, base + offsets).to(tl.int32, bitcast=True) & 0xFFFF
+        bits = (w.to(tl.int32, bitcast=True) + random) & -65536
+        finite = tl.abs(w) < float("inf")
+        w = tl.where(finite, bits, w.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    tl.store(address, w.to(T), mask=mask)
 
 
 # --- Groups that a tile holds, and no groups.
@@ -513,7 +521,7 @@ def _write(row, c, base, offsets, mask, w, T: tl.constexpr, ALIGNED: tl.constexp
 
 @triton.jit
 def _flat_tile(
-    row, c, tile, TILE: tl.constexpr, ALIGNED: tl.constexpr, Advance: tl.constexpr,
+    row, c, stream, tile, TILE: tl.constexpr, ALIGNED: tl.constexpr, Advance: tl.constexpr,
     Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
 ):
     """TILE neighbours without groups; ALIGNED ones are all there."""
@@ -525,12 +533,12 @@ def _flat_tile(
     t = _thresholded(
         row, c, base, offsets, mask, False, ALIGNED, Advance, Apply, STATES, Prox, T, A
     )
-    _write(row, c, base, offsets, mask, t, T, ALIGNED)
+    _write(row, c, stream, base, offsets, mask, t, T, ALIGNED)
 
 
 @triton.jit
 def _rows_tile(
-    row, c, tile, TILE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    row, c, stream, tile, TILE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
     Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
     T: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
 ):
@@ -550,14 +558,15 @@ def _rows_tile(
         row, c, base, offsets, mask, False, ALIGNED, Advance, Apply, STATES, Prox, T, A
     )
     factor = _shrink_factor(tl.sum(_squares(t, c), axis=1), c)
-    _write(row, c, base, offsets, mask, t * factor[:, None], T, ALIGNED)
+    _write(row, c, stream, base, offsets, mask, t * factor[:, None], T, ALIGNED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def resident_kernel(
-    table, coefficients, work, found_inf, Advance: tl.constexpr, Apply: tl.constexpr,
-    STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
-    VECTOR: tl.constexpr, KINDS: tl.constexpr, TILE: tl.constexpr,
+    table, coefficients, work, found_inf, seed,
+    Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
+    T: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr, KINDS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One tile a program: no groups, or groups that the tile holds. Each weight is read once.
 
@@ -567,6 +576,9 @@ def resident_kernel(
     item = work + tl.program_id(0).to(tl.int64) * ITEM
     row = table + tl.load(item).to(tl.int64) * TABLE
     c = coefficients + tl.load(item).to(tl.int64) * N_COEFFICIENTS
+    stream = None
+    if seed is not None:
+        stream = seed + tl.load(item)
     kind = tl.load(item + 1)
     tile = tl.load(item + 2).to(tl.int64)
     if tl.load(found_inf) == 0:
@@ -575,12 +587,15 @@ def resident_kernel(
                 if (KINDS >> (2 * k + aligned)) & 1:
                     if kind == 2 * k + aligned:
                         _rows_tile(
-                            row, c, tile, TILE, 1 << k, aligned == 1, Advance, Apply, STATES, Prox,
-                            T, A, VECTOR,
+                            row, c, stream, tile, TILE, 1 << k, aligned == 1,
+                            Advance, Apply, STATES, Prox, T, A, VECTOR,
                         )
             if (KINDS >> (62 + aligned)) & 1:
                 if kind == 62 + aligned:
-                    _flat_tile(row, c, tile, TILE, aligned == 1, Advance, Apply, STATES, Prox, T, A)
+                    _flat_tile(
+                        row, c, stream, tile, TILE, aligned == 1,
+                        Advance, Apply, STATES, Prox, T, A,
+                    )
 
 
 # --- Groups that no tile holds: gone through twice, by a team of tiles. Every tile adds its part
@@ -621,7 +636,7 @@ def _sum_of_neighbours(sums, n, LENGTH: tl.constexpr):
 
 @triton.jit
 def _columns_tile(
-    row, c, team, piece, partials, factors, arrivals, ready,
+    row, c, stream, team, piece, partials, factors, arrivals, ready,
     PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr,
     STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
@@ -685,12 +700,12 @@ def _columns_tile(
             if inner > 1:
                 sums = _sum_of_neighbours(sums, inner, COLUMNS)
             factor = _shrink_factor(sums, c)
-        _write(row, c, base, offsets, mask, t * factor[None, :], T, ALIGNED)
+        _write(row, c, stream, base, offsets, mask, t * factor[None, :], T, ALIGNED)
 
 
 @triton.jit
 def _long_tile(
-    row, c, team, piece, partials, factors, arrivals, ready,
+    row, c, stream, team, piece, partials, factors, arrivals, ready,
     PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr,
     Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
@@ -733,15 +748,15 @@ def _long_tile(
             tl.store(factors, _shrink_factor(tl.sum(total, axis=0).to(A), c))
             _announce(ready)
     else:
-        _write(row, c, base, offsets, mask, t * tl.load(factors), T, ALIGNED)
+        _write(row, c, stream, base, offsets, mask, t * tl.load(factors), T, ALIGNED)
 
 
-@triton.jit(do_not_specialize=["n_teams"])
+@triton.jit(do_not_specialize=["seed", "n_teams"])
 def split_kernel(
-    table, coefficients, work, found_inf, partials, factors, sync, n_teams, Advance: tl.constexpr,
-    Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
-    VECTOR: tl.constexpr, KINDS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    table, coefficients, work, found_inf, seed, partials, factors, sync, n_teams,
+    Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
+    T: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr, KINDS: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """One tile a program, of groups that no tile holds, or of columns.
 
@@ -753,6 +768,9 @@ def split_kernel(
     item = work + ticket.to(tl.int64) * ITEM
     row = table + tl.load(item).to(tl.int64) * TABLE
     c = coefficients + tl.load(item).to(tl.int64) * N_COEFFICIENTS
+    stream = None
+    if seed is not None:
+        stream = seed + tl.load(item)
     kind = tl.load(item + 1)
     team = tl.load(item + 2)
     piece = tl.load(item + 3)
@@ -764,14 +782,14 @@ def split_kernel(
                 if (KINDS >> (2 * phase + aligned)) & 1:
                     if kind == 2 * phase + aligned:
                         _columns_tile(
-                            row, c, team, piece, partials, factors, arrivals, ready,
+                            row, c, stream, team, piece, partials, factors, arrivals, ready,
                             phase, aligned == 1,
                             ROWS, COLUMNS, Advance, Apply, STATES, Prox, T, A, VECTOR,
                         )
                 if (KINDS >> (6 + 2 * phase + aligned)) & 1:
                     if kind == 6 + 2 * phase + aligned:
                         _long_tile(
-                            row, c, team, piece, partials, factors, arrivals, ready,
+                            row, c, stream, team, piece, partials, factors, arrivals, ready,
                             phase, aligned == 1,
                             TILE, Advance, Apply, STATES, Prox, T, A, VECTOR,
                         )

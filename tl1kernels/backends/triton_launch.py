@@ -87,6 +87,8 @@ def run(batch: Batch) -> None:
     for i in tables["apart"]:
         grads[i] = laid_out_like(batch.entries[i].param, grads[i])
     counters = tables["counters"]
+    if batch.stochastic and _capturing(batch.device):
+        raise RuntimeError("a CUDA graph would round each replay alike: rounding='nearest' there")
     if counters and not rule.capturable:
         if _capturing(batch.device):
             raise RuntimeError(_UNPREPARED)
@@ -108,6 +110,7 @@ def run(batch: Batch) -> None:
         decoupled=getattr(rule, "decoupled", False),
         grad_scale=batch.grad_scale,
         found_inf=batch.found_inf,
+        seed=batch.seed,
         kept=batch.layouts,
     )
     torch.autograd.graph.increment_version(tables["written"])
@@ -153,6 +156,7 @@ def step(
     decoupled: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    seed: int | None = None,
     kept: dict[str, Any],
 ) -> None:
     """Launch the kernels.
@@ -174,6 +178,7 @@ def step(
         decoupled: AdamW's weight decay.
         grad_scale: what gradients are divided by, 0-d float32 on the device; None for 1.
         found_inf: 0-d float32 on the device: unless 0, nothing changes; None for 0.
+        seed: of stochastic rounding, for bfloat16; None to round to nearest.
         kept: what to find again next time; of these params and views only.
     """
     kernels = load()
@@ -236,6 +241,7 @@ def step(
                 kept["coefficients"],
                 kept["resident"],
                 found_inf,
+                seed,
                 KINDS=plan.resident.kinds,
                 **constants,
             )
@@ -245,6 +251,7 @@ def step(
                 kept["coefficients"],
                 kept["split"],
                 found_inf,
+                seed,
                 kept["partials"],
                 kept["factors"],
                 kept["sync"],
