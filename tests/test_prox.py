@@ -1,5 +1,6 @@
 """The proximal operators against their definition, other people's libraries and eq. 22."""
 
+import importlib.util
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ import tl1kernels as tk
 from tests.common import rounding
 from tests.strategies import has_view, tensors
 from tl1kernels import oracles
-from tl1kernels.backends import asked_for, reference
+from tl1kernels.backends import asked_for, reference, triton_launch
 from tl1kernels.backends.reference import tl1_threshold
 from tl1kernels.plan import FLOAT_DTYPES as DTYPES
 from tl1kernels.verify import GROUPINGS
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("each_backend")
 def test_every_penalty_of_the_registry_is_everywhere():
     assert reference.PROX.keys() == {None, *tk.PENALTIES}
     assert oracles.ORACLES.keys() == tk.PENALTIES.keys()
+    if importlib.util.find_spec("triton"):
+        assert triton_launch.load().PENALTIES.keys() == {None, *tk.PENALTIES}
 
 
 @pytest.mark.parametrize("name", tk.PENALTIES)
