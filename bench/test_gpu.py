@@ -37,12 +37,12 @@ def check_step(rule, dtype, group_by, kernel):
         step = step_of(rule, p, group_by=group_by, **REGULARIZER)
         with tk.use_backend(backend):
             step()
-            if backend == "triton":
-                (_, batch), *_ = step.__self__._planned.batches._prepared
-                plan = batch.layouts["plan"]
-                assert bool(len(plan.split.items)) == (kernel == "split")
-                assert bool(len(plan.resident.items)) == (kernel == "resident")
-            step()
+            step()  # whose plan is kept
+        if backend == "triton":
+            (_, batch), *_ = step.__self__._planned.batches._prepared
+            plan = batch.layouts["plan"]
+            assert bool(len(plan.split.items)) == (kernel == "split")
+            assert bool(len(plan.resident.items)) == (kernel == "resident")
         results.append(p.detach())
     got, want = results
     tolerance = 8 * torch.finfo(dtype).eps * want.abs().max().item()

@@ -104,7 +104,7 @@ def compiled_prepare(rule, penalty, dtype, counters=False, target=H200):
         "A": _named(state_dtype(dtype)),
         "BLOCK": triton_launch.BLOCK,
     }
-    return _compile(kernels.prepare_kernel, constants, dtype, 2, target)
+    return _compile(kernels.prepare_kernel, constants, dtype, 1, target)
 
 
 def _compile(kernel, constants, dtype, warps, target):

@@ -203,3 +203,12 @@ def test_two_dtypes_rules_and_penalties_in_one_optimizer(kernels):
     for group, want in zip(groups, wanted, strict=True):
         (p,) = group["params"]
         assert_near(p.detach(), torch.from_numpy(want), 8, p.detach().abs().clamp(min=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_a_regularizer_no_bit_changes_not_even_of_minus_zero(kernels, dtype):
+    v = torch.tensor([[-0.0, 0.0, 1.0, -1.0, math.inf]], dtype=dtype)
+    for group_by in (None, "out", "in"):
+        got = tk.prox(v, 0.5, lam=0.0, group_by=group_by)
+        assert torch.equal(got, v)
+        assert torch.equal(got.signbit(), v.signbit())

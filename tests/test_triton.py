@@ -306,6 +306,20 @@ def test_capturable_keeps_the_counter_with_the_parameter_and_checkpoints_go_on(t
 
 
 @runs
+def test_a_wide_counter_from_a_checkpoint_is_what_the_kernels_read(triton):
+    p = torch.ones(3, 4, device=DEVICE, requires_grad=True)
+    optimizer = tk.ProxAdam([p], lr=0.1, capturable=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    checkpoint = optimizer.state_dict()
+    checkpoint["state"][0]["step"] = torch.tensor(5.0, dtype=torch.float64)
+    optimizer.load_state_dict(checkpoint)
+    optimizer.step()
+    assert optimizer.state[p]["step"].item() == 6
+    assert optimizer.state[p]["step"].dtype == torch.float32
+
+
+@runs
 def test_a_change_of_numbers_keeps_the_tiles(triton, monkeypatch):
     planned = []
     plan = triton_schedule.plan

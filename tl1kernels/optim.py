@@ -46,7 +46,7 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
     check it. `foreach` is accepted and changes nothing. With `fused=True` a GradScaler leaves it
     to the step to unscale the gradients, which stay as they are, and to skip itself.
     `capturable=True` keeps Adam's `step` on the parameters' device, so that a CUDA graph can hold
-    the step, after one outside it. `differentiable=True` is refused.
+    the step, after two outside it. `differentiable=True` is refused.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed. Nothing is
@@ -247,6 +247,8 @@ class _Proximal(torch.optim.Optimizer):
                 for name in group.rule.counters:
                     device = param.device if group.rule.capturable else "cpu"
                     dtype = torch.promote_types(state[name].dtype, _COUNTER)
+                    if group.rule.capturable:  # the kernels read and write it
+                        dtype = _COUNTER
                     state[name] = state[name].to(device, dtype)
                 entry.state = {name: state[name] for name in names}
                 entry.scalars = {**entry.scalars, **first}

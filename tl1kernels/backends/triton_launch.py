@@ -68,6 +68,8 @@ def rejects(batch: Batch) -> str | None:
         for number in _on_device(batch, entry):
             if number is not None and number.dtype != torch.float32:
                 return f"a number of {number.dtype} on the device"
+            if number is not None and number.device != batch.device:
+                return f"a number on {number.device} for a parameter on {batch.device}"
     return None
 
 
@@ -80,6 +82,11 @@ def _on_device(batch: Batch, entry: Entry) -> list[Tensor | None]:
 
 def run(batch: Batch) -> None:
     """Take one step on every entry, in place."""
+    with torch.cuda.device_of(batch.entries[0].param):
+        _run(batch)
+
+
+def _run(batch: Batch) -> None:
     if not batch.tables:
         batch.tables.update(_tables(batch))
     tables, rule = batch.tables, batch.rule
@@ -159,7 +166,7 @@ def step(
     seed: int | None = None,
     kept: dict[str, Any],
 ) -> None:
-    """Launch the kernels.
+    """Launch the kernels on the current device.
 
     Args:
         params: dense tensors of one dtype, on one device; updated in place.
@@ -214,7 +221,7 @@ def step(
         "enable_fp_fusion": True,
     }
     # NumPy, in the interpreter, warns of what a GPU does without a word: 1 / 0 = inf.
-    with torch.cuda.device_of(params[0]), np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
         kernels.prepare_kernel[(-(-max(n, n_sync) // BLOCK),)](
             kept["table"],
             kept["scalars"],
@@ -232,7 +239,7 @@ def step(
             COUNTERS=numbers[0][0] is not None,
             A=wide,
             BLOCK=BLOCK,
-            num_warps=2,
+            num_warps=1,
             enable_fp_fusion=True,
         )
         if len(plan.resident.items):
@@ -366,21 +373,22 @@ def _op(
     decoupled: bool,
 ) -> None:
     rows = [(*row[:4], bool(row[4])) for row in views.tolist()]
-    step(
-        params,
-        grads,
-        state,
-        counters,
-        [(None, None, None)] * len(params),
-        [GroupView((), *row) for row in rows],
-        scalars,
-        rule,
-        penalty,
-        maximize=maximize,
-        nesterov=nesterov,
-        decoupled=decoupled,
-        kept={},
-    )
+    with torch.cuda.device_of(params[0]):
+        step(
+            params,
+            grads,
+            state,
+            counters,
+            [(None, None, None)] * len(params),
+            [GroupView((), *row) for row in rows],
+            scalars,
+            rule,
+            penalty,
+            maximize=maximize,
+            nesterov=nesterov,
+            decoupled=decoupled,
+            kept={},
+        )
 
 
 def _fake_op(params: list[Tensor], grads: list[Tensor], *_: object) -> None:
