@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tl1kernels.backends import triton_kernels as kernels
-from tl1kernels.backends import triton_launch, triton_schedule
+from tl1kernels.backends import triton_launch, triton_math, triton_schedule
 from tl1kernels.batch import state_dtype
 
 H200 = GPUTarget("cuda", 90, 32)
@@ -77,12 +77,12 @@ class Code:
 def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=False):
     """Compile one kind of tile for a target; return Triton's compiled kernel."""
     kernel, kind = TILES[tile]
-    advance, apply = kernels.RULES[rule]
+    advance, apply = triton_math.RULES[rule]
     constants = {
         "Advance": advance,
         "Apply": apply,
         "STATES": STATES[rule],
-        "Prox": kernels.PENALTIES[penalty][1],
+        "Prox": triton_math.PENALTIES[penalty][1],
         "T": _named(dtype),
         "A": _named(state_dtype(dtype)),
         "VECTOR": 16 // dtype.itemsize,
@@ -98,7 +98,7 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=F
 def compiled_prepare(rule, penalty, dtype, counters=False, target=H200):
     """Compile the kernel of the coefficients; return Triton's compiled kernel."""
     constants = {
-        "Prepare": kernels.PENALTIES[penalty][0],
+        "Prepare": triton_math.PENALTIES[penalty][0],
         "ADAM": rule.startswith("adam"),
         "COUNTERS": counters,
         "A": _named(state_dtype(dtype)),

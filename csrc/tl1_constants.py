@@ -1,7 +1,7 @@
 """Print the kernels' constants: minimax fits, found again from the definition.
 
 Run: python csrc/tl1_constants.py            those of prox_math.h (needs numpy and mpmath)
-     python csrc/tl1_constants.py --triton   those of backends/triton_kernels.py
+     python csrc/tl1_constants.py --triton   those of backends/triton_math.py
 
 TL1's prox is |v| - D P(q) / y^2, where P = 1 / r^2 and r is the largest root of
 r^3 - r^2 + (4/27) q = 0 for q in [0, 1]. With u = sqrt(1 - q) that root is (4 z^2 - 1) / 3 for

@@ -27,7 +27,7 @@ def test_every_penalty_of_the_registry_is_everywhere():
     assert reference.PROX.keys() == {None, *tk.PENALTIES}
     assert oracles.ORACLES.keys() == tk.PENALTIES.keys()
     if importlib.util.find_spec("triton"):
-        assert triton_launch.load().PENALTIES.keys() == {None, *tk.PENALTIES}
+        assert triton_launch.maths().PENALTIES.keys() == {None, *tk.PENALTIES}
 
 
 @pytest.mark.parametrize("name", tk.PENALTIES)

@@ -353,7 +353,7 @@ def test_what_the_backend_rejects():
 def op_arguments(rule="adam"):
     n = {"assign": 0, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}[rule]
     scalars = {"lr": 0.5, "beta1": 0.9, "beta2": 0.99, "elementwise": 0.1, "group": 0.1, "a": 1.0}
-    row = [scalars.get(name, 0.0) for name in triton_launch.load().SCALARS]
+    row = [scalars.get(name, 0.0) for name in triton_launch.maths().SCALARS]
     return (
         [torch.ones(2, 3, device=DEVICE)],
         [torch.ones(2, 3, device=DEVICE)],

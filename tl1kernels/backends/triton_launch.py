@@ -54,11 +54,19 @@ def load() -> ModuleType:
     return triton_kernels
 
 
+def maths() -> ModuleType:
+    """Import the kernels' maths: the columns of their tables, update rules, penalties."""
+    load()
+    from tl1kernels.backends import triton_math
+
+    return triton_math
+
+
 def rejects(batch: Batch) -> str | None:
     """Return why Triton cannot run this batch; None if it can."""
     if batch.device.type != "cuda" and not (batch.device.type == "cpu" and interpreting()):
         return f"it has no kernels for {batch.device.type}"
-    if batch.penalty not in load().PENALTIES:
+    if batch.penalty not in maths().PENALTIES:
         return f"it has no penalty {batch.penalty!r}"
     for entry in batch.entries:
         if entry.param.is_neg():
@@ -144,7 +152,7 @@ def _scalars(entry: Entry) -> list[float]:
     values = {**entry.scalars, **entry.terms._asdict()}
     if isinstance(values["lr"], Tensor):
         values["lr"] = 0.0
-    return [values.get(name, 0.0) for name in load().SCALARS]
+    return [values.get(name, 0.0) for name in maths().SCALARS]
 
 
 def step(
@@ -178,8 +186,8 @@ def step(
             they lie on the device: 0-d float32. Else None.
         views: the groups of each parameter.
         scalars: float64 [tensors, len(SCALARS)] on the CPU.
-        rule: a name of `triton_kernels.RULES`.
-        penalty: a name of `triton_kernels.PENALTIES`.
+        rule: a name of `triton_math.RULES`.
+        penalty: a name of `triton_math.PENALTIES`.
         maximize: whether the gradient's sign is turned.
         nesterov: SGD's variant of momentum.
         decoupled: AdamW's weight decay.
@@ -188,7 +196,7 @@ def step(
         seed: of stochastic rounding, for bfloat16; None to round to nearest.
         kept: what to find again next time; of these params and views only.
     """
-    kernels = load()
+    kernels, math = load(), maths()
     import triton.language as tl
 
     device, dtype, n = params[0].device, params[0].dtype, len(params)
@@ -196,7 +204,7 @@ def step(
     _renew_tables(params, grads, state, numbers, views, kept)
     if counters:
         scalars = scalars.clone()
-        scalars[:, kernels.SCALARS.index("step")] = torch.stack([*counters]).to(scalars)
+        scalars[:, math.SCALARS.index("step")] = torch.stack([*counters]).to(scalars)
     if kept.get("scalars_of") is not scalars:
         kept["scalars"], kept["scalars_of"] = _to(device, scalars), scalars
     if _capturing(device):
@@ -205,8 +213,8 @@ def step(
         kept["spare"] = torch.empty_like(kept["table"], device="cpu").pin_memory()
     plan: schedule.Schedule = kept["plan"]
     found_inf = kept["zero"] if found_inf is None else found_inf
-    advance, apply = kernels.RULES[rule]
-    prepare, prox = kernels.PENALTIES[penalty]
+    advance, apply = math.RULES[rule]
+    prepare, prox = math.PENALTIES[penalty]
     n_sync = 1 + 2 * plan.n_teams
     constants = {
         "Advance": advance,
@@ -283,21 +291,21 @@ def _renew_tables(
     addresses += [0 if number is None else number.data_ptr() for number in chain(*numbers)]
     if kept.get("addresses") == addresses:
         return
-    kernels = load()
+    math = maths()
     device, dtype, n = params[0].device, params[0].dtype, len(params)
     of = np.array(addresses, np.int64)
-    table = np.zeros((n, kernels.TABLE.value), np.int64)
+    table = np.zeros((n, math.TABLE.value), np.int64)
     table[:, 0], table[:, 1] = of[:n], of[n : 2 * n]
     states = of[2 * n : -3 * n].reshape(n, -1)
     table[:, 2 : 2 + states.shape[1]] = states
-    table[:, kernels.COUNTER.value : kernels.OUTER.value] = of[-3 * n :].reshape(n, 3)
-    aligned = ~np.any(table[:, : kernels.COUNTER.value] % 16, axis=1)
+    table[:, math.COUNTER.value : math.OUTER.value] = of[-3 * n :].reshape(n, 3)
+    aligned = ~np.any(table[:, : math.COUNTER.value] % 16, axis=1)
     if "plan" not in kept or not np.array_equal(kept["aligned"], aligned):
         plan = kept["plan"] = schedule.plan(views, aligned.tolist(), 16 // dtype.itemsize)
         kept["aligned"] = aligned
         kept["resident"] = _to(device, torch.from_numpy(plan.resident.items))
         kept["split"] = _to(device, torch.from_numpy(plan.split.items))
-        coefficients = n * kernels.N_COEFFICIENTS.value
+        coefficients = n * math.N_COEFFICIENTS.value
         for name, size in (
             ("partials", plan.n_partials),
             ("factors", plan.n_factors),
@@ -307,7 +315,7 @@ def _renew_tables(
         kept["sync"] = torch.empty(1 + 2 * plan.n_teams, dtype=torch.int32, device=device)
         kept["one"] = torch.ones((), device=device)
         kept["zero"] = torch.zeros((), device=device)
-    table[:, kernels.OUTER.value :] = kept["plan"].layout
+    table[:, math.OUTER.value :] = kept["plan"].layout
     host = torch.from_numpy(table)
     if _capturing(device):
         # Gradients have moved to the graph's own memory, as they do in torch's recipe. Each replay
