@@ -1,8 +1,8 @@
 """The Triton kernels: update rule, threshold and group shrinkage while a tile is in registers.
 
 Read it from the top: coefficients; what all tiles do; tiles that hold their groups, and their
-kernel; tiles that do not, and theirs. The maths is in `triton_math.py`; which tile serves which view
-is decided, and tabulated, in `triton_schedule.py`.
+kernel; tiles that do not, and theirs. The maths is in `triton_math.py`. Which tile serves which
+view is decided, and tabulated, in `triton_schedule.py`.
 
 Whatever a scheduler may change is a number in memory, never a constant of a kernel. A small kernel
 first turns every tensor's numbers into coefficients, in float64; the others read those. Update
