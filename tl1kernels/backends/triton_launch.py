@@ -48,8 +48,8 @@ def load() -> ModuleType:
     """Import the kernels once; torch.ops.tl1kernels.triton_step_ is then there."""
     from tl1kernels.backends import triton_kernels
 
-    _LIBRARY.define(_SCHEMA)
-    _LIBRARY.impl("triton_step_", _op, "CompositeExplicitAutograd")
+    _OPS.define(_SCHEMA)
+    _OPS.impl("triton_step_", _op, "CompositeExplicitAutograd")
     torch_library.register_fake("tl1kernels::triton_step_", _fake_op)
     return triton_kernels
 
@@ -359,7 +359,7 @@ def _named(tl: Any, dtype: torch.dtype) -> Any:
 
 # --- The op, for torch.compile: what `step` does, without anything kept.
 
-_LIBRARY = torch_library.Library("tl1kernels", "FRAGMENT")
+_OPS = torch_library.Library("tl1kernels", "FRAGMENT")
 _SCHEMA = (
     "triton_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor[] counters, "
     "Tensor views, Tensor scalars, str rule, str? penalty, bool maximize, bool nesterov, "
