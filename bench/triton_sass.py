@@ -74,7 +74,7 @@ class Code:
         return sum(self.instructions.values()) - self.count("NOP")
 
 
-def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=False):
+def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=False, copies=None):
     """Compile one kind of tile for a target; return Triton's compiled kernel."""
     kernel, kind = TILES[tile]
     advance, apply = triton_math.RULES[rule]
@@ -84,6 +84,7 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=F
         "STATES": STATES[rule],
         "Prox": triton_math.PENALTIES[penalty][1],
         "T": _named(dtype),
+        "G": _named(copies or dtype),
         "A": _named(state_dtype(dtype)),
         "VECTOR": 16 // dtype.itemsize,
         "KINDS": 1 << (kind + aligned),

@@ -35,6 +35,7 @@ class Runner {
   using A = Arithmetic<P>;
   // Where weights are stored as they are computed, the first sweep can leave its values in them.
   static constexpr bool IN_PLACE = sizeof(P) == sizeof(A);
+  static constexpr bool COPIES = sizeof(P) == sizeof(float);  // there may be a 16-bit copy
 
   const Step& step;
   const Tile& tile;
@@ -69,7 +70,8 @@ class Runner {
   template <bool KeepState>
   void advance_to(int64_t at, int64_t n, A* out, double* lanes) const {
     A unused[KeepState ? 1 : MAX_STATES][KeepState ? 1 : BLOCK];
-    Weights<P> w = {param + at, grad + at, {}, {}, out};
+    alignas(64) P wide[COPIES ? BLOCK : 1];
+    Weights<P> w = {param + at, gradients(at, n, wide), {}, {}, out};
     for (int k = 0; k < MAX_STATES; k++) {
       A* stored = static_cast<A*>(step.state[k]);
       if (stored) stored += at;
@@ -77,6 +79,36 @@ class Runner {
       w.new_state[k] = KeepState ? stored : unused[KeepState ? 0 : k];
     }
     BY_RULE<P>[step.rule][step.penalty + 1](step, w, n, lanes);
+  }
+
+  // Calls f(copy, gradients) with their type, if there is a copy.
+  template <class F>
+  void with_copy(F f) const {
+    if constexpr (COPIES) {
+      if (!step.copy) return;
+      if (step.copied == Stored::bfloat16) {
+        f(static_cast<BFloat16*>(step.copy), static_cast<const BFloat16*>(step.grad));
+      } else {
+        f(static_cast<Float16*>(step.copy), static_cast<const Float16*>(step.grad));
+      }
+    }
+  }
+
+  // The gradients of the weights [at, at + n), in the weights' type: in `wide`, if they have another.
+  const P* gradients(int64_t at, int64_t n, P* wide) const {
+    const P* found = COPIES && step.copy ? wide : grad + at;
+    with_copy([&](auto*, const auto* narrow) {
+      SIMD for (int64_t i = 0; i < n; i++) wide[i] = load(narrow[at + i]);
+    });
+    return found;
+  }
+
+  // What has been stored for the weights [at, at + n) goes to the copy as well.
+  void put_copy(int64_t at, int64_t n) const {
+    with_copy([&](auto* copy, const auto*) {
+      const bool clean = step.clean;
+      SIMD for (int64_t i = at; i < at + n; i++) store(load(param[i]), clean, copy[i]);
+    });
   }
 
   void put(const A* t, int64_t at, int64_t n) const {
@@ -93,11 +125,13 @@ class Runner {
   void put_scaled(const A* t, A factor, int64_t at, int64_t n) const {
     P* out = param + at;
     SIMD for (int64_t i = 0; i < n; i++) store_scaled(factor, t[i], out[i]);
+    put_copy(at, n);
   }
 
   void put_scaled(const A* t, const A* factors, int64_t at, int64_t n) const {
     P* out = param + at;
     SIMD for (int64_t i = 0; i < n; i++) store_scaled(factors[i], t[i], out[i]);
+    put_copy(at, n);
   }
 
   // Calls f(group, first column, end) for the stretches of one group within columns [col, end).
@@ -220,6 +254,7 @@ class Runner {
       const int64_t n = smaller(BLOCK, tile.col1 - at);
       if constexpr (IN_PLACE) {
         advance_to<true>(at, n, param + at, nullptr);
+        put_copy(at, n);
       } else {
         advance_to<true>(at, n, block, nullptr);
         put(block, at, n);

@@ -111,33 +111,42 @@ Stored stored_type(ScalarType type) {
 void check(const char* name, const Tensor& tensor, int64_t numel, ScalarType type) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " elements, got ",
-                  tensor.numel());
+  const int64_t got = tensor.numel();
+  STD_TORCH_CHECK(got == numel, name, " must have ", numel, " elements, got ", got);
   STD_TORCH_CHECK(numel == 0 || tensor.const_data_ptr(), name, " must have storage");
 }
 
-// `tensor` must have its elements where `like` has them.
-void check_layout(const char* name, const Tensor& tensor, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.dim() == like.dim(), name, " must have the dims of its parameter");
-  for (int64_t d = 0; d < like.dim(); d++) {
-    const bool same = tensor.size(d) == like.size(d) &&
-                      (like.size(d) == 1 || tensor.stride(d) == like.stride(d));
+// Where a tensor has its elements; asked for once, since every question is a call into torch.
+struct Layout {
+  torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
+  explicit Layout(const Tensor& tensor) : sizes(tensor.sizes()), strides(tensor.strides()) {}
+};
+
+// `tensor` must have its elements where its parameter has them.
+void check_layout(const char* name, const Tensor& tensor, const Layout& like) {
+  const Layout layout(tensor);
+  const size_t dims = like.sizes.size();
+  STD_TORCH_CHECK(layout.sizes.size() == dims, name, " must have the dims of its parameter");
+  for (size_t d = 0; d < dims; d++) {
+    const bool same = layout.sizes[d] == like.sizes[d] &&
+                      (like.sizes[d] == 1 || layout.strides[d] == like.strides[d]);
     STD_TORCH_CHECK(same, name, " must have the shape and strides of its parameter");
   }
 }
 
-// `tensor` must be dense: its elements fill a stretch of memory, in any order of dims.
-void check_dense(const char* name, const Tensor& tensor) {
+// A tensor must be dense: its elements fill a stretch of memory, in any order of dims.
+void check_dense(const char* name, const Layout& layout, int64_t numel) {
+  const size_t dims = layout.sizes.size();
   int64_t filled = 1;
-  for (int64_t round = 0; round < tensor.dim() && tensor.numel() > 1; round++) {
-    for (int64_t d = 0; d < tensor.dim(); d++) {
-      if (tensor.size(d) != 1 && tensor.stride(d) == filled) {
-        filled *= tensor.size(d);
+  for (size_t round = 0; round < dims && numel > 1; round++) {
+    for (size_t d = dims; d-- > 0;) {
+      if (layout.sizes[d] != 1 && layout.strides[d] == filled) {
+        filled *= layout.sizes[d];
         break;
       }
     }
   }
-  STD_TORCH_CHECK(tensor.numel() <= 1 || filled == tensor.numel(), name, " must be dense");
+  STD_TORCH_CHECK(numel <= 1 || filled == numel, name, " must be dense");
 }
 
 bool is_double(const Tensor& counter) { return counter.scalar_type() == ScalarType::Double; }
@@ -202,7 +211,7 @@ bool is_view_of(const int64_t* sizes, int64_t numel) {
 // Views must be an int64 tensor (n, 4), scalars float64 (n, scalar_names()), both contiguous.
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state,
            Tensor views, Tensor scalars, std::string rule, std::optional<std::string> penalty,
-           bool maximize, bool nesterov, bool decoupled) {
+           bool maximize, bool nesterov, bool decoupled, std::vector<Tensor> copies) {
   const size_t n = params.size();
   const int rule_row = row_of("rule", rule, RULE_NAMES);
   const int penalty_row = penalty ? row_of("penalty", *penalty, PENALTY_NAMES) : -1;
@@ -212,6 +221,8 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   constexpr int64_t N_SCALARS = sizeof(Scalars) / sizeof(double);
   STD_TORCH_CHECK(grads.size() == n, "grads must be as many as params, got ", grads.size());
   STD_TORCH_CHECK(state.size() == n * each, "state must have ", each, " tensors a parameter");
+  STD_TORCH_CHECK(copies.empty() || copies.size() == n,
+                  "copies must be none or as many as params, got ", copies.size());
   check("views", views, n * 4, ScalarType::Long);
   check("scalars", scalars, n * N_SCALARS, ScalarType::Double);
   STD_TORCH_CHECK(views.is_contiguous() && scalars.is_contiguous(),
@@ -219,22 +230,37 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   const int64_t* view = static_cast<const int64_t*>(views.const_data_ptr());
   const Scalars* scalar = static_cast<const Scalars*>(scalars.const_data_ptr());
 
-  std::vector<Step> steps(n);
+  // Kept by the thread: memory that is given back to the system costs a fault a page to get again.
+  static thread_local std::vector<Step> steps;
+  steps.assign(n, Step{});
   for (size_t i = 0; i < n; i++) {
     Step& s = steps[i];
     const int64_t* v = view + 4 * i;
     const int64_t numel = params[i].numel();
     const ScalarType type = params[i].scalar_type();
+    const Layout layout(params[i]);
     s.stored = stored_type(type);
     check("params", params[i], numel, type);
-    check_dense("params", params[i]);
-    check("grads", grads[i], numel, type);
-    check_layout("grads", grads[i], params[i]);
+    check_dense("params", layout, numel);
+    s.copy = nullptr;
+    ScalarType grad_type = type;
+    if (!copies.empty()) {
+      grad_type = copies[i].scalar_type();
+      s.copied = stored_type(grad_type);
+      const bool narrow = s.copied == Stored::bfloat16 || s.copied == Stored::float16;
+      STD_TORCH_CHECK(s.stored == Stored::float32 && narrow,
+                      "copies must be bfloat16 or float16, of float32 params");
+      check("copies", copies[i], numel, grad_type);
+      check_layout("copies", copies[i], layout);
+      s.copy = copies[i].mutable_data_ptr();
+    }
+    check("grads", grads[i], numel, grad_type);
+    check_layout("grads", grads[i], layout);
     STD_TORCH_CHECK(is_view_of(v, numel), "views must have the number of elements of params");
     const ScalarType wide = s.stored == Stored::float64 ? ScalarType::Double : ScalarType::Float;
     for (size_t k = 0; k < shaped; k++) {
       check("state", state[i * each + k], numel, wide);
-      check_layout("state", state[i * each + k], params[i]);
+      check_layout("state", state[i * each + k], layout);
     }
     if (counts) {
       const Tensor& counter = state[i * each + shaped];

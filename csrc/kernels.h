@@ -24,10 +24,12 @@ constexpr int64_t RESIDENT = 1 << 18;  // weights whose thresholded values wait 
 // One tensor's step. Its memory is (blocks, outer, groups, inner); see tl1kernels/views.py.
 struct Step {
   void* param;
-  const void* grad;
+  void* copy;        // of a float32 parameter: 16-bit, takes its new values; or null
+  const void* grad;  // of the type of the copy, if there is one
   void* state[MAX_STATES];
   int64_t blocks, outer, groups, inner;
   Stored stored;
+  Stored copied;  // the type of the copy
   int rule;      // row of TL1_RULES
   int penalty;   // row of TL1_PENALTIES; -1 for none
   bool clean;    // regularized: a dead weight is +0, never -0

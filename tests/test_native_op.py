@@ -28,6 +28,7 @@ def arguments(**changes):
         "maximize": False,
         "nesterov": False,
         "decoupled": False,
+        "copies": [],
     }
     return {**given, **changes}
 
@@ -69,13 +70,17 @@ def counted(steps):
         ({"views": torch.tensor([[1, 1, 2]])}, "views must have 4 elements"),
         ({"views": torch.ones(4, 2, dtype=torch.int64)[:, :1]}, "must be contiguous"),
         ({"scalars": torch.zeros(1, 3).double()}, "scalars must have"),
+        ({"copies": [torch.ones(2, 3)] * 2}, "copies must be none or as many as params, got 2"),
+        ({"copies": [torch.ones(2, 3)]}, "copies must be bfloat16 or float16, of float32 params"),
+        ({"copies": [torch.ones(3, 2).half().t()]}, "copies must have the shape and strides"),
+        ({"copies": [torch.ones(2, 3).half()]}, "grads has the wrong dtype"),
         (counted([torch.tensor(1.0), torch.tensor(1)]), "step has the wrong dtype"),
         (counted([torch.tensor(1.0), torch.ones(2)]), "step must have 1 elements, got 2"),
     ],
 )
 def test_the_op_refuses_what_does_not_fit_and_changes_nothing(changes, message):
     given = arguments(**changes)
-    written = given["params"] + given["state"]
+    written = given["params"] + given["state"] + given["copies"]
     before = [t.clone() for t in written]
     with pytest.raises(RuntimeError, match=message):
         OPS.step_(*given.values())
@@ -97,7 +102,7 @@ def test_opcheck(rule):
 
 def test_in_a_compiled_function_without_a_graph_break():
     def function(p, g, views, scalars):
-        OPS.step_([p], [g], [], views, scalars, "sgd", "tl1", False, False, False)
+        OPS.step_([p], [g], [], views, scalars, "sgd", "tl1", False, False, False, [])
         return p * 2
 
     given = arguments()

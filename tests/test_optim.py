@@ -88,7 +88,8 @@ def test_signature_is_torchs_then_ours_by_keyword(ours, torchs):
     assert mine[: len(theirs)] == theirs
     extra = mine[len(theirs) :]
     assert [p.name for p in extra] == [
-        *("lam", "penalty", "a", "mu", "group_by", "group_weight", "min_ndim", "rounding")
+        *("lam", "penalty", "a", "mu", "group_by", "group_weight", "min_ndim", "rounding"),
+        "master_weights",
     ]
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
     assert issubclass(ours, torchs)

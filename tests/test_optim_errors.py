@@ -16,6 +16,12 @@ BAD = [
     ({"group_weight": 2}, ValueError, "group_weight must be None or 'sqrt', got 2"),
     ({"min_ndim": -1}, ValueError, "min_ndim must be an int >= 0, got -1"),
     ({"rounding": "up"}, ValueError, "rounding must be 'nearest' or 'stochastic', got 'up'"),
+    ({"master_weights": 1}, ValueError, "master_weights must be True or False, got 1"),
+    (
+        {"master_weights": True, "rounding": "stochastic"},
+        ValueError,
+        "rounding must be 'nearest' with master_weights=True, got 'stochastic'",
+    ),
     ({"differentiable": True}, ValueError, "differentiable must be False"),
     ({"lr": -1.0}, ValueError, "learning rate: -1.0"),
 ]

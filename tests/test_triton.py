@@ -252,13 +252,13 @@ def test_numbers_on_the_device_are_read_by_each_step(triton, adam):
         scalars = {"lr": lr, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
         state = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": step}
         view, terms = view_of(p, "in"), Terms(0.5, 0.5, 1.0, lam)
-        entry = Entry(p, torch.ones_like(p), view, scalars, terms, state if adam else {})
-        prepared = planning.prepare([(rule, "tl1", entry)], backend)
+        entry = Entry(p, view, scalars, terms, state if adam else {})
+        prepared = planning.prepare([(rule, "tl1", entry, torch.ones_like(p))], backend)
         for i in range(3):
             lr.fill_(0.1 / (i + 1)), lam.fill_(0.2 * (i + 1))
             planning.execute(prepared)
         if backend == "triton":
-            assert prepared[0][1].tables["scalars"][0, 0] == 0
+            assert prepared[0][1].numbers["scalars"][0, 0] == 0
         assert step.item() == (3 if adam else 0)
         results.append(p.cpu())
     assert_near(*results, 16, start.abs().clamp(min=1))
@@ -275,14 +275,15 @@ def test_grad_scale_and_found_inf_on_the_device(triton, capturable):
         state = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": step}
         scalars = {"lr": 0.1, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
         terms = Terms(0.5, 0.5, 1.0)
-        entry = Entry(p, 8 * torch.ones_like(p), view_of(p, "in"), scalars, terms, state)
+        entry = Entry(p, view_of(p, "in"), scalars, terms, state)
         with tk.use_backend(backend):
-            work = planning.Plan([(Adam(capturable=capturable), "tl1", entry)])
-        work.execute(numbers(8.0), numbers(1.0))
-        assert torch.equal(p, start)
-        assert all(not tensor.any() for tensor in state.values())
-        entry.grad = 8 * torch.ones_like(p)
-        work.execute(numbers(8.0), numbers(0.0))
+            rule = Adam(capturable=capturable)
+            work = planning.Plan([(rule, "tl1", entry, 8 * torch.ones_like(p))])
+            work.execute(numbers(8.0), numbers(1.0))
+            assert torch.equal(p, start)
+            assert all(not tensor.any() for tensor in state.values())
+            assert work.renew([p], [8 * torch.ones_like(p)])
+            work.execute(numbers(8.0), numbers(0.0))
         assert step == 1
         assert torch.allclose(state["exp_avg"], numbers(0.1))
         results.append(p.cpu())
@@ -338,13 +339,13 @@ def test_a_change_of_numbers_keeps_the_tiles(triton, monkeypatch):
 @runs
 def test_what_the_backend_rejects():
     p = torch.ones(2, 2, device=DEVICE, requires_grad=True)
-    half = Entry(p, p.half(), view_of(p, None), {"lr": 0.1, "weight_decay": 0.0}, Terms(0, 0, 1))
+    half = Entry(p, view_of(p, None), {"lr": 0.1, "weight_decay": 0.0}, Terms(0, 0, 1))
     with pytest.raises(RuntimeError, match=r"gradient of torch\.float16"):
-        planning.prepare([(SGD(), "tl1", half)], "triton")
+        planning.prepare([(SGD(), "tl1", half, p.half())], "triton")
     lr = {"lr": numbers(0.1, torch.float64), "weight_decay": 0.0}
-    wide = Entry(p, p, view_of(p, None), lr, Terms(0, 0, 1))
+    wide = Entry(p, view_of(p, None), lr, Terms(0, 0, 1))
     with pytest.raises(RuntimeError, match=r"a number of torch\.float64 on the device"):
-        planning.prepare([(SGD(), "tl1", wide)], "triton")
+        planning.prepare([(SGD(), "tl1", wide, p)], "triton")
 
 
 # --- The op.

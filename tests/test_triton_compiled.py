@@ -65,6 +65,22 @@ def test_stochastic_rounding_is_a_binary_for_every_gpu(target):
         assert code.asm[BINARY[gpu.backend]]
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_master_weights_are_a_binary_for_every_gpu(target):
+    """In one pass, with 16-byte accesses to gradients and copies too."""
+    gpu = TARGETS[target]
+    for tile, copies in (("flat", torch.bfloat16), ("columns first", torch.float16)):
+        code = triton_sass.compiled(tile, "adam", "tl1", torch.float32, target=gpu, copies=copies)
+        assert code.asm[BINARY[gpu.backend]]
+    code = triton_sass.code_of(
+        triton_sass.compiled("flat", "adam", "tl1", torch.float32, copies=torch.bfloat16)
+    )
+    n_bytes = triton_sass.weights_per_thread("flat") * (4 + 2 + 8)  # read, and as many written
+    assert code.instructions["LDG.E.128"] == n_bytes / 16
+    assert code.instructions["STG.E.128"] == code.count("STG") == n_bytes / 16
+    assert (code.stack, code.local) == (0, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", ["rows 8192", "columns whole", "columns first", "long first"])
 def test_on_hopper_nothing_is_spilled(tile, dtype):

@@ -8,6 +8,7 @@ from tl1kernels.groups import param_groups
 from tl1kernels.info import Info, info
 from tl1kernels.optim import ProxAdam, ProxAdamW, ProxSGD
 from tl1kernels.penalties import PENALTIES, PRESETS
+from tl1kernels.schedulers import LamScheduler
 from tl1kernels.sparsity import Sparsity, sparsity
 
 try:
@@ -19,6 +20,7 @@ __all__ = [
     "PENALTIES",
     "PRESETS",
     "Info",
+    "LamScheduler",
     "ProxAdam",
     "ProxAdamW",
     "ProxSGD",

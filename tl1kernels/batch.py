@@ -7,7 +7,7 @@ between two steps is a number in `Entry`, never a variant of code. lam = 0 is a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tl1kernels.penalties import Terms
-from tl1kernels.views import GroupView
+from tl1kernels.views import GroupView, is_laid_out_like, laid_out_like
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class Entry:
 
     Attributes:
         param: what is updated in place; dense, in any order of dims.
-        grad: the gradient (for `Assign`, the source); same shape, any strides and float dtype.
         view: the groups of `param`.
         scalars: the rule's scalars and `lr`, the step size that also scales the thresholds; `lr`
             may be a 0-d tensor, of which the step takes the value that it then has.
@@ -87,26 +86,32 @@ class Entry:
             it is, to the bit.
         state: the rule's state by name, updated in place.
         stochastic: whether bfloat16 is rounded stochastically, and not to nearest.
+        copy: a 16-bit tensor, laid out as `param`, that takes its new values, rounded: `param` is
+            then the float32 master of it, and the gradient has its dtype.
     """
 
     param: Tensor
-    grad: Tensor
     view: GroupView
     scalars: Mapping[str, float | Tensor]
     terms: Terms
     state: Mapping[str, Tensor] = field(default_factory=dict)
     stochastic: bool = False
+    copy: Tensor | None = None
 
 
 @dataclass
 class Batch:
-    """Entries that share a device, a dtype, a rule, a penalty (None: groups alone) and rounding.
+    """Entries that share a device, dtypes, a rule, a penalty (None: groups alone) and rounding.
 
     Attributes:
-        tables: whatever the backend derives from the entries, gradients apart, and wants to find
-            again if the next step has the same; emptied when a number or a state tensor changes.
-        layouts: the like, from the parameters and views alone; never emptied.
+        grads: the gradient of each entry (for `Assign`, the source): the parameter's shape, any
+            strides and float dtype.
+        numbers: whatever the backend derives from scalars, terms and state, and wants to find
+            again if the next step has the same; emptied when one of them changes.
+        tables: the like, from state and all that is in `layouts`.
+        layouts: the like, from parameters, views and the gradients' layout; never emptied.
         stochastic: whether results are rounded stochastically, from `seed`, new in each step.
+        copy_dtype: of the entries' copies; None where they have none.
         grad_scale: 0-d float32 tensor on the device: what gradients are divided by; None for 1.
         found_inf: 0-d float32 tensor on the device: unless 0 nothing changes, counters included.
     """
@@ -116,17 +121,55 @@ class Batch:
     rule: Rule
     penalty: str | None
     entries: list[Entry]
+    grads: list[Tensor]
+    numbers: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     layouts: dict[str, Any] = field(default_factory=dict)
     stochastic: bool = False
     seed: int | None = None
+    copy_dtype: torch.dtype | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """The dtype that gradients have, unless their `grad_dtype` was set to another."""
+        return self.dtype if self.copy_dtype is None else self.copy_dtype
+
+
+def gradients(batch: Batch) -> list[Tensor]:
+    """Return the batch's gradients laid out as their parameters; those that are not are copied."""
+    pairs = zip(batch.entries, batch.grads, strict=True)
+    apart = batch.layouts.get("apart")
+    if apart is None:
+        apart = [i for i, (e, grad) in enumerate(pairs) if not is_laid_out_like(e.param, grad)]
+        batch.layouts["apart"] = apart
+    grads = list(batch.grads)
+    for i in apart:
+        grads[i] = laid_out_like(batch.entries[i].param, grads[i])
+    return grads
 
 
 def host_numbers(entry: Entry) -> tuple[dict[str, float], Terms]:
     """Return an entry's scalars and terms as plain numbers; waits for a device that has them."""
     return {name: float(value) for name, value in entry.scalars.items()}, entry.terms.read()
+
+
+def scalar_rows(batch: Batch, names: Sequence[str]) -> list[list[float]]:
+    """Return each entry's scalars and terms under these names, as kernels take them.
+
+    What an entry lacks is 0, as is lr where it lies on a device; lam there is not in the terms.
+    """
+    rows: dict[object, list[float]] = {}  # most entries share theirs
+    result = []
+    for entry in batch.entries:
+        key = (id(entry.scalars), entry.terms)
+        if key not in rows:
+            values = {**entry.scalars, **entry.terms._asdict()}
+            there = (values.get(name, 0.0) for name in names)
+            rows[key] = [0.0 if isinstance(value, Tensor) else value for value in there]
+        result.append(rows[key])
+    return result
 
 
 def rule_name(rule: Rule) -> str:

@@ -70,8 +70,8 @@ def prox(
         _check_out(out, v)
     view = view_of(out, group_by)
     reg.check_step("step", eta)
-    entry = Entry(out, v.detach(), view, {"lr": eta}, reg.terms(view))
-    plan.execute(plan.prepare([(Assign(), penalty, entry)], backend))
+    entry = Entry(out, view, {"lr": eta}, reg.terms(view))
+    plan.execute(plan.prepare([(Assign(), penalty, entry, v.detach())], backend))
     return out
 
 

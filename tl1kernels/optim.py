@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from operator import itemgetter
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tl1kernels import plan
+from tl1kernels import compiled, plan
 from tl1kernels.batch import SGD, Adam, Entry, Rule, state_dtype
 from tl1kernels.penalties import Regularizer, number, number_or_tensor
-from tl1kernels.views import GroupBy, GroupView, laid_out_like, view_of
+from tl1kernels.views import GroupBy, laid_out_like, view_of
 
 _DOC = """torch.optim.{base} with a proximal step: connections and neurons become exact zeros.
 
@@ -39,12 +41,14 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
             a param group that sets `lam` itself the default is 0: the group says what it wants.
         rounding: of bfloat16 parameters, "nearest" or "stochastic", which keeps on average what is
             too small a step for them; its random numbers are those of `torch.manual_seed`.
+        master_weights: whether a 16-bit parameter follows a float32 master of it, which the step
+            updates: state `master_param`. What others write to the parameter is taken over.
 
     lr, lam, mu and a may change between steps. State is float32 or better, whatever the
     parameter's dtype, under torch's names: checkpoints go both ways. lr and lam may be tensors on
     the parameters' device: a step then takes the value that they have when it runs, and does not
-    check it. `foreach` is accepted and changes nothing. With `fused=True` a GradScaler leaves it
-    to the step to unscale the gradients, which stay as they are, and to skip itself.
+    check it. `foreach` changes nothing. With `fused=True` a GradScaler leaves it to the step to
+    unscale the gradients, which stay as they are, and to skip itself.
     `capturable=True` keeps Adam's `step` on the parameters' device, so that a CUDA graph can hold
     the step, after two outside it. `differentiable=True` is refused.
 
@@ -54,12 +58,18 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
     """
 
 
-class _PlannedGroup(NamedTuple):
-    """What a param group's part of a step was made for."""
+@dataclass
+class _PlannedGroup:
+    """A param group's part of a step, and what that was made for."""
 
     rule: Rule
-    penalties: list[str | None]  # None for a tensor that is spared
+    structure: tuple[Any, ...]  # the options that are no numbers
+    spared: list[bool]  # the tensors that have too few dims to be regularized
     entries: list[Entry]
+    params: list[Tensor]
+    state: list[Tensor] = field(default_factory=list)  # all of it, in the order of the dicts
+    kinds: plan.Kinds | None = None  # of that state
+    masters: bool = False  # whether parameters have them
 
 
 class _Planned(NamedTuple):
@@ -75,6 +85,8 @@ class _Proximal(torch.optim.Optimizer):
 
     _loading: tuple[dict[str, Any], list[dict[str, Any]]]
     _planned: _Planned | None = None  # of the last step
+    _versions: dict[Tensor, int]  # of parameters that have masters, after the last step
+    _key: int  # by which a compiled step finds this optimizer
 
     def __init__(
         self,
@@ -88,6 +100,7 @@ class _Proximal(torch.optim.Optimizer):
         group_weight: str | None = None,
         min_ndim: int = 2,
         rounding: str = "nearest",
+        master_weights: bool = False,
         **kwargs: Any,
     ) -> None:
         # torch's __init__ replaces self.defaults and then calls add_param_group, which is where
@@ -101,11 +114,11 @@ class _Proximal(torch.optim.Optimizer):
             "group_weight": group_weight,
             "min_ndim": min_ndim,
             "rounding": rounding,
+            "master_weights": master_weights,
         }
-        # torch's choice between implementations.
-        kwargs.pop("foreach", None)
-        self._step_supports_amp_scaling = bool(kwargs.pop("fused", None))
         super().__init__(params, *args, **kwargs)
+        self._key = compiled.register(self)
+        self._versions = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; see `torch.optim.Optimizer.add_param_group`."""
@@ -115,7 +128,7 @@ class _Proximal(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            _check_group(group, group["params"])
         except BaseException:
             del self.param_groups[-1]
             raise
@@ -139,6 +152,9 @@ class _Proximal(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._planned, self._versions = None, {}
+        if "_key" not in self.__dict__:
+            self._key = compiled.register(self)
         if "_loading" not in self.__dict__:
             return
         checkpoint, present = self._loading
@@ -160,68 +176,107 @@ class _Proximal(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one proximal step; return the closure's loss, if there is one."""
+        if closure is None and torch.compiler.is_compiling():
+            compiled.step(self._key, self.param_groups)
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
+        params, grads = [], []
+        for group in self.param_groups:
+            there = list(group["params"])
+            theirs = [param.grad for param in there]
+            if type(None) in set(map(type, theirs)):
+                there = [param for param in there if param.grad is not None]
+                theirs = [param.grad for param in there]
+            params.append(there)
+            grads.append(theirs)
+        self._take_step(params, grads)
+        return loss
+
+    def _take_step(self, params: list[list[Tensor]], grads: list[list[Tensor]]) -> None:
+        """Take a step on some parameters of each param group, with these gradients."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # a GradScaler's
         first = found_inf is not None and any(p not in self.state for ps in params for p in ps)
         if first and found_inf is not None and found_inf.item():
-            return loss  # a first step that is skipped leaves no state: the next one is the first
+            return  # a first step that is skipped leaves no state: the next one is the first
         of_group = itemgetter(*self.defaults)
         options = [of_group(group) for group in self.param_groups]
         planned = self._planned
         self._planned = None  # until its step has gone well
         # Whatever can be refused is refused before any state or weight is touched.
-        if planned is None or not self._renew(planned, params, options):
-            planned = self._plan(params, options)
+        if planned is None or not self._renew(planned, params, grads, options):
+            planned = self._plan(params, grads, options)
         only_now = self._attach_state(planned)
         planned.batches.execute(getattr(self, "grad_scale", None), found_inf)
+        for group in planned.groups:
+            if group.masters:
+                self._versions.update((param, param._version) for param in group.params)
         self._planned = None if only_now else planned
-        return loss
 
-    def _plan(self, params: list[list[Tensor]], options: list[tuple[Any, ...]]) -> _Planned:
+    def _plan(
+        self,
+        params: list[list[Tensor]],
+        grads: list[list[Tensor]],
+        options: list[tuple[Any, ...]],
+    ) -> _Planned:
         """Check everything and prepare the batches of a step."""
-        work: list[tuple[Rule, str | None, Entry]] = []
+        work: list[tuple[Rule, str | None, Entry, Tensor]] = []
         groups = []
-        for group, with_grad in zip(self.param_groups, params, strict=True):
-            regularized = _check_group(group, with_grad)
+        for group, with_grad, theirs in zip(self.param_groups, params, grads, strict=True):
+            reg = _check_group(group, with_grad, theirs)
             rule, scalars = self._rule(group)
-            entries = []
-            for param, (reg, view) in zip(with_grad, regularized, strict=True):
-                assert param.grad is not None
-                entry = Entry(param, param.grad, view, scalars, reg.terms(view))
+            spared = [param.ndim < group["min_ndim"] for param in with_grad]
+            there = _PlannedGroup(rule, _structure(group), spared, [], with_grad)
+            for param, grad, spare in zip(with_grad, theirs, spared, strict=True):
+                view = view_of(param, None if spare else reg.group_by)
+                terms = (_UNREGULARIZED if spare else reg).terms(view)
+                entry = Entry(param, view, scalars, terms)
                 entry.stochastic = group["rounding"] == "stochastic"
-                entries.append(entry)
-                work.append((rule, reg.penalty, entries[-1]))
-            penalties = [reg.penalty for reg, _ in regularized]
-            groups.append(_PlannedGroup(rule, penalties, entries))
+                if group["master_weights"] and param.dtype.itemsize == 2:
+                    entry.copy, entry.param = param, self._master(param)
+                    there.masters = True
+                there.entries.append(entry)
+                work.append((rule, reg.penalty, entry, grad))
+            groups.append(there)
         return _Planned(plan.Plan(work), [_plain(values) for values in options], groups)
 
     def _renew(
-        self, planned: _Planned, params: list[list[Tensor]], options: list[tuple[Any, ...]]
+        self,
+        planned: _Planned,
+        params: list[list[Tensor]],
+        grads: list[list[Tensor]],
+        options: list[tuple[Any, ...]],
     ) -> bool:
         """Fit the last step's batches to this one; return False if they cannot be."""
-        if [len(with_grad) for with_grad in params] != [len(g.entries) for g in planned.groups]:
+        if list(map(len, params)) != [len(group.params) for group in planned.groups]:
             return False
-        if not planned.batches.renew([param for with_grad in params for param in with_grad]):
+        if not planned.batches.renew([*chain(*params)], [*chain(*grads)]):
             return False
         for i, (group, there, new) in enumerate(
             zip(self.param_groups, planned.groups, options, strict=True)
         ):
+            if there.masters:
+                masters = [self.state[param].get(_MASTER) for param in there.params]
+                if not all(map(is_, masters, (entry.param for entry in there.entries))):
+                    return False
             if _equal(planned.options[i], new):
                 continue
-            regularized = _check_group(group, [entry.param for entry in there.entries])
+            reg = _check_group(group)
             rule, scalars = self._rule(group)
-            if rule != there.rule or [reg.penalty for reg, _ in regularized] != there.penalties:
+            if rule != there.rule or _structure(group) != there.structure:
                 return False
-            for entry, (reg, view) in zip(there.entries, regularized, strict=True):
-                if view != entry.view or entry.stochastic != (group["rounding"] == "stochastic"):
-                    return False
-                entry.scalars, entry.terms = scalars, reg.terms(view)
+            terms: dict[int, Any] = {}
+            for entry, spare in zip(there.entries, there.spared, strict=True):
+                entry.scalars = scalars
+                if not spare:
+                    view = entry.view
+                    if id(view) not in terms:  # tensors of one shape share it
+                        terms[id(view)] = reg.terms(view)
+                    entry.terms = terms[id(view)]
             planned.options[i] = _plain(new)
-            planned.batches.forget_tables()
+            planned.batches.forget_numbers()
         return True
 
     def _attach_state(self, planned: _Planned) -> bool:
@@ -229,32 +284,52 @@ class _Proximal(torch.optim.Optimizer):
         only_now = False
         for group in planned.groups:
             names = (*group.rule.state, *group.rule.counters)
-            for entry in group.entries:
-                if not names:
-                    continue
-                param, state = entry.param, self.state[entry.param]
-                if entry.state and all(
-                    state.get(name) is tensor
-                    and (tensor.ndim == 0 or tensor.stride() == param.stride())
-                    for name, tensor in entry.state.items()
-                ):
-                    continue
-                first = self._start(param, group.rule)
+            if not names and not group.masters:
+                continue
+            state = [tensor for p in group.params for tensor in self.state[p].values()]
+            same = len(state) == len(group.state) and all(map(is_, state, group.state))
+            if same and group.kinds is not None and group.kinds.hold(state):
+                if group.masters:
+                    self._follow(group)
+                continue
+            for param, entry in zip(group.params, group.entries, strict=True):
+                first = self._start(param, group.rule) if names else {}
+                of_param = self.state[param]
                 # Loaded, replaced, or the parameter's own layout or dtype has changed.
                 for name in group.rule.state:
-                    wide = state[name].to(state_dtype(param.dtype))
-                    state[name] = laid_out_like(param, wide)
+                    wide = of_param[name].to(state_dtype(param.dtype))
+                    of_param[name] = laid_out_like(param, wide)
                 for name in group.rule.counters:
                     device = param.device if group.rule.capturable else "cpu"
-                    dtype = torch.promote_types(state[name].dtype, _COUNTER)
+                    dtype = torch.promote_types(of_param[name].dtype, _COUNTER)
                     if group.rule.capturable:  # the kernels read and write it
                         dtype = _COUNTER
-                    state[name] = state[name].to(device, dtype)
-                entry.state = {name: state[name] for name in names}
-                entry.scalars = {**entry.scalars, **first}
+                    of_param[name] = of_param[name].to(device, dtype)
+                if entry.copy is not None:
+                    of_param[_MASTER] = entry.param
+                entry.state = {name: of_param[name] for name in names}
+                entry.scalars = {**entry.scalars, **first} if first else entry.scalars
                 only_now = only_now or bool(first)
-                planned.batches.forget_tables()
+            group.state = [tensor for p in group.params for tensor in self.state[p].values()]
+            group.kinds = plan.Kinds(group.state)
+            if group.masters:
+                self._follow(group)
+            planned.batches.forget_numbers(state_too=True)
         return only_now
+
+    def _master(self, param: Tensor) -> Tensor:
+        """Return the float32 master of a 16-bit parameter, new if the state has none for it."""
+        master = self.state[param].get(_MASTER) if param in self.state else None
+        wide = param if master is None else master
+        return laid_out_like(param, wide.to(torch.float32))
+
+    def _follow(self, group: _PlannedGroup) -> None:
+        """Let masters follow parameters that something else than a step has written to."""
+        for entry in group.entries:
+            if entry.copy is not None and entry.copy._version != self._versions.get(entry.copy):
+                master = entry.param
+                theirs = master.to(entry.copy.dtype) != entry.copy
+                master.copy_(torch.where(theirs, entry.copy.to(master.dtype), master))
 
     def _rule(self, group: dict[str, Any]) -> tuple[Rule, dict[str, float | Tensor]]:
         """Return the update rule's variant and its scalars for one param group."""
@@ -266,6 +341,10 @@ class _Proximal(torch.optim.Optimizer):
 
 
 _COUNTER = torch.float32  # of steps taken, at least
+
+_MASTER = "master_param"
+
+_UNREGULARIZED = Regularizer()
 
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """torch's options that choose how a step runs, not what it does."""
@@ -331,27 +410,37 @@ class ProxAdamW(ProxAdam, torch.optim.AdamW):  # noqa: D101 (_described writes i
 
 
 def _check_group(
-    group: dict[str, Any], params: list[Tensor] | None = None
-) -> list[tuple[Regularizer, GroupView]]:
-    """Check a param group's options and `params` (default: all); return what regularizes each."""
+    group: dict[str, Any],
+    params: list[Tensor] | None = None,
+    grads: list[Tensor] | None = None,
+) -> Regularizer:
+    """Check a param group's options, and tensors if they are given; return its regularizer."""
     if group.get("differentiable"):
         raise ValueError(f"differentiable must be False, got {group['differentiable']!r}")
     min_ndim = group["min_ndim"]
     if not isinstance(min_ndim, int) or isinstance(min_ndim, bool) or min_ndim < 0:
         raise ValueError(f"min_ndim must be an int >= 0, got {min_ndim!r}")
-    if group["rounding"] not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {group['rounding']!r}")
+    rounding, masters = group["rounding"], group["master_weights"]
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+    if not isinstance(masters, bool):
+        raise ValueError(f"master_weights must be True or False, got {masters!r}")
+    if masters and rounding != "nearest":
+        raise ValueError(f"rounding must be 'nearest' with master_weights=True, got {rounding!r}")
     reg = Regularizer.of(group)
     reg.check_step("lr", number_or_tensor("lr", group["lr"]))
-    spared = Regularizer(penalty=reg.penalty)  # lam = 0: the same batch as the others
-    regularized = []
-    for param in group["params"] if params is None else params:
+    for param in params or ():
         plan.check_tensor("params", param)
-        if params is not None and param.grad is not None:
-            plan.check_tensor("grad", param.grad)
-        here = reg if param.ndim >= min_ndim else spared
-        regularized.append((here, view_of(param, here.group_by)))
-    return regularized
+        view_of(param, reg.group_by if param.ndim >= min_ndim else None)
+    for grad in grads or ():
+        plan.check_tensor("grad", grad)
+    return reg
+
+
+def _structure(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the options that choose batches and views, and are no numbers."""
+    names = ("penalty", "group_by", "min_ndim", "rounding", "master_weights")
+    return tuple(group[name] for name in names)
 
 
 def _equal(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter, is_
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +11,8 @@ from torch import Tensor
 from tl1kernels import backends
 from tl1kernels.batch import Batch, Entry, Rule
 
-Work = Iterable[tuple[Rule, str | None, Entry]]
-"""Update rule, penalty, and the tensor that they are for."""
+Work = Iterable[tuple[Rule, str | None, Entry, Tensor]]
+"""Update rule, penalty, the tensor that they are for, and its gradient."""
 
 
 def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
@@ -22,13 +21,17 @@ def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
     Nothing is changed yet: whatever refuses, refuses here.
     """
     batches: dict[tuple[object, ...], Batch] = {}
-    for rule, penalty, entry in work:
-        p = entry.param
+    for rule, penalty, entry, grad in work:
+        p, copy = entry.param, entry.copy
         stochastic = entry.stochastic and p.dtype == torch.bfloat16
-        key = (p.device, p.dtype, rule, penalty, stochastic)
+        copy_dtype = None if copy is None else copy.dtype
+        key = (p.device, p.dtype, rule, penalty, stochastic, copy_dtype)
         if key not in batches:
-            batches[key] = Batch(p.device, p.dtype, rule, penalty, [], stochastic=stochastic)
+            batch = Batch(p.device, p.dtype, rule, penalty, [], [])
+            batch.stochastic, batch.copy_dtype = stochastic, copy_dtype
+            batches[key] = batch
         batches[key].entries.append(entry)
+        batches[key].grads.append(grad)
     return [(backends.select(batch, backend), batch) for batch in batches.values()]
 
 
@@ -47,30 +50,33 @@ class Plan:
     Checking every option and building every batch anew costs more than a small network's step.
     """
 
-    def __init__(self, work: Iterable[tuple[Rule, str | None, Entry]]) -> None:
+    def __init__(self, work: Work) -> None:
         """Prepare batches, as `prepare` does: nothing is changed, and it may raise."""
         work = list(work)
-        self.entries = [entry for _, _, entry in work]
         self._asked_for = backends.asked_for()
         self._prepared = prepare(work)
-        self._params = [entry.param for entry in self.entries]
-        self._layouts = _layouts(self._params, [entry.grad for entry in self.entries])
+        self._params = [e.param if e.copy is None else e.copy for _, _, e, _ in work]
+        place = {id(entry): i for i, (_, _, entry, _) in enumerate(work)}
+        self._places = [[place[id(e)] for e in batch.entries] for _, batch in self._prepared]
+        self._kinds = Kinds([*self._params, *(grad for *_, grad in work)])
 
-    def renew(self, params: Sequence[Tensor]) -> bool:
+    def renew(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         """Take the gradients of another step; return False if the batches do not fit it."""
-        if len(params) != len(self._params) or self._asked_for != backends.asked_for():
+        same = len(params) == len(self._params) and all(map(is_, params, self._params))
+        if not same or self._asked_for != backends.asked_for():
             return False
-        grads: list[Any] = [param.grad for param in params]
-        if not all(map(is_, params, self._params)) or self._layouts != _layouts(params, grads):
+        if not self._kinds.hold([*params, *grads]):
             return False
-        for entry, grad in zip(self.entries, grads, strict=True):
-            entry.grad = grad
+        for (_, batch), places in zip(self._prepared, self._places, strict=True):
+            batch.grads = [grads[i] for i in places]
         return True
 
-    def forget_tables(self) -> None:
-        """Say that an entry's scalars, terms or state are new."""
+    def forget_numbers(self, state_too: bool = False) -> None:
+        """Say that an entry's scalars or terms are new, or its state as well."""
         for _, batch in self._prepared:
-            batch.tables.clear()
+            batch.numbers.clear()
+            if state_too:
+                batch.tables.clear()
 
     def execute(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Take the step, and let go of the gradients; see `Batch` for the arguments."""
@@ -80,29 +86,46 @@ class Plan:
                 for t in (grad_scale, found_inf)
             )
         execute(self._prepared)
-        for entry in self.entries:
-            del entry.grad
+        for _, batch in self._prepared:
+            batch.grads = []
 
 
-_of_param = attrgetter("shape", "dtype", "device")
-_of_grad = attrgetter("dtype", "device")
-_kind = attrgetter("layout")
+class Kinds:
+    """What batches and their tables take for granted of tensors: dtype, device, shape, strides.
 
-
-def _layouts(params: Sequence[Tensor], grads: Sequence[Any]) -> list[list[object]] | None:
-    """Return what batches and their tables take for granted of tensors; None for sparse ones.
-
-    By attribute, not by tensor: `map` has no line of Python to run for each of them.
+    Also that they are strided and mean what is in memory: no negative bit. torch.compile's guards
+    look at all that at a tenth of the cost, but are no public part of torch.
     """
-    if set(map(_kind, grads)) - {torch.strided}:
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._guards = self._columns = None
+        try:
+            from torch._C._dynamo.guards import TensorGuards
+
+            guards = TensorGuards(*tensors, dynamic_dims_sizes=[], dynamic_dims_strides=[])
+            self._guards = guards.check if guards.check(*tensors) else None
+        except (ImportError, TypeError):
+            pass
+        if self._guards is None:
+            self._columns = _columns(tensors)
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether these are such tensors, one for one."""
+        if self._guards is not None:
+            return self._guards(*tensors)
+        return self._columns is not None and self._columns == _columns(tensors)
+
+
+_kind = attrgetter("dtype", "device", "shape")
+
+
+def _columns(tensors: Sequence[Tensor]) -> list[list[object]] | None:
+    """Return the same by attribute; None where some are sparse, or none at all."""
+    if any(not isinstance(tensor, Tensor) or tensor.layout != torch.strided for tensor in tensors):
         return None
     return [
-        list(column)
-        for column in (
-            *(map(_of_param, params), map(Tensor.stride, params)),
-            *(map(_of_grad, grads), map(Tensor.stride, grads)),
-            *(map(Tensor.is_neg, grads), map(Tensor._is_zerotensor, grads)),
-        )
+        list(map(of, tensors))
+        for of in (_kind, Tensor.stride, Tensor.is_neg, Tensor._is_zerotensor)
     ]
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 import tl1kernels
-from tl1kernels.batch import Batch, Entry, host_numbers, rule_name
-from tl1kernels.views import is_laid_out_like, laid_out_like
+from tl1kernels.batch import Batch, gradients, rule_name, scalar_rows
 
 BINARY = "libtl1kernels_cpu.so"
 REPORT = "native_build.txt"
@@ -73,11 +72,11 @@ def rejects(batch: Batch) -> str | None:
     if batch.stochastic:
         return "stochastic rounding"
     torch.ops.tl1kernels.cpu_build()  # raises where TL1KERNELS_CPU names none
-    for entry in batch.entries:
+    for entry, grad in zip(batch.entries, batch.grads, strict=True):
         if entry.param.is_neg():
             return "a parameter with its negative bit set"
-        if entry.grad.dtype != batch.dtype:
-            return f"a gradient of {entry.grad.dtype} for a parameter of {batch.dtype}"
+        if grad.dtype != batch.grad_dtype:
+            return f"a gradient of {grad.dtype} for a parameter of {batch.grad_dtype}"
         if entry.terms.scale is not None or isinstance(entry.scalars["lr"], Tensor):
             return "lr or lam on a device"
     return None
@@ -89,10 +88,11 @@ def run(batch: Batch) -> None:
         return
     if not batch.tables:
         batch.tables.update(_tables(batch))
+    if not batch.numbers:
+        rows = scalar_rows(batch, _scalar_names())
+        batch.numbers["scalars"] = torch.tensor(rows, dtype=torch.float64, device="cpu")
     tables, rule = batch.tables, batch.rule
-    grads = [entry.grad for entry in batch.entries]
-    for i in tables["apart"]:
-        grads[i] = laid_out_like(batch.entries[i].param, grads[i])
+    grads = gradients(batch)
     if batch.grad_scale is not None:
         grads = [grad / batch.grad_scale for grad in grads]
     torch.ops.tl1kernels.step_(
@@ -100,12 +100,13 @@ def run(batch: Batch) -> None:
         grads,
         tables["state"],
         tables["views"],
-        tables["scalars"],
+        batch.numbers["scalars"],
         tables["rule"],
         batch.penalty,
         getattr(rule, "maximize", False),
         getattr(rule, "nesterov", False),
         getattr(rule, "decoupled", False),
+        tables["copies"],
     )
     # An op of the stable ABI does not say what it wrote to; autograd must know.
     torch.autograd.graph.increment_version(tables["written"])
@@ -117,27 +118,15 @@ def _tables(batch: Batch) -> dict[str, Any]:
     params = [entry.param for entry in batch.entries]
     state = [entry.state[name] for entry in batch.entries for name in names]
     views = [(e.view.blocks, e.view.outer, e.view.groups, e.view.inner) for e in batch.entries]
-    scalars = [_scalars(entry) for entry in batch.entries]
+    copies = [entry.copy for entry in batch.entries if entry.copy is not None]
     return {
         "params": params,
         "state": state,
-        # Gradients whose memory is not ordered as their parameter's.
-        "apart": [
-            i
-            for i, entry in enumerate(batch.entries)
-            if not is_laid_out_like(entry.param, entry.grad)
-        ],
-        "written": [*params, *state],
+        "copies": copies,
+        "written": [*params, *state, *copies],
         "views": torch.tensor(views, dtype=torch.int64, device="cpu"),
-        "scalars": torch.tensor(scalars, dtype=torch.float64, device="cpu"),
         "rule": rule_name(batch.rule),
     }
-
-
-def _scalars(entry: Entry) -> list[float]:
-    scalars, terms = host_numbers(entry)
-    values = {**scalars, **terms._asdict()}
-    return [values.get(name, 0.0) for name in _scalar_names()]
 
 
 @cache

@@ -152,17 +152,16 @@ def run(batch: Batch) -> None:
     if batch.found_inf is not None and batch.found_inf.item():
         return
     scale = 1.0 if batch.grad_scale is None else batch.grad_scale.item()
-    for i, entry in enumerate(batch.entries):
+    for i, (entry, grad) in enumerate(zip(batch.entries, batch.grads, strict=True)):
         seed = None if batch.seed is None else batch.seed + i
-        _run_entry(batch.rule, batch.penalty, entry, scale, seed)
+        _run_entry(batch.rule, batch.penalty, entry, grad.to(torch.float64) / scale, seed)
 
 
 def _run_entry(
-    rule: Rule, penalty: str | None, entry: Entry, grad_scale: float, seed: int | None
+    rule: Rule, penalty: str | None, entry: Entry, gradient: Tensor, seed: int | None
 ) -> None:
     p, view, (scalars, terms) = entry.param, entry.view, host_numbers(entry)
     state = {name: entry.state[name].to(torch.float64, copy=True) for name in entry.state}
-    gradient = entry.grad.to(torch.float64) / grad_scale
     w = _updated(rule, p.to(torch.float64), gradient, state, scalars)
     regularized = terms.elementwise > 0 or terms.group > 0
     if regularized:
@@ -175,6 +174,10 @@ def _run_entry(
         p.copy_(_to_odd(w) if p.element_size() == 2 else w)
     if regularized:
         p.add_(0.0)  # -0.0 + 0.0 = +0.0: a dead weight has one bit pattern
+    if entry.copy is not None:
+        entry.copy.copy_(p)
+        if regularized:
+            entry.copy.add_(0.0)
 
 
 def _to_odd(w: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from tl1kernels.backends.triton_math import (
     C_THRESHOLD,
     C_UNIT,
     C_ZERO,
+    COPY,
     COUNTER,
     DAMPENING,
     ELEMENTWISE,
@@ -180,11 +181,12 @@ def _load(address, mask, other: tl.constexpr):
 @triton.jit
 def _thresholded(
     row, c, base, offsets, mask, AGAIN: tl.constexpr, ALIGNED: tl.constexpr, Advance: tl.constexpr,
-    Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
+    Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
+    A: tl.constexpr,
 ):
     """t; the state takes its next values, unless AGAIN says that it has them."""
     p = _load(_at(row, PARAM, T, base, ALIGNED) + offsets, mask, 0.0).to(A)
-    g = _load(_at(row, GRAD, T, base, ALIGNED) + offsets, mask, 0.0).to(A)
+    g = _load(_at(row, GRAD, G, base, ALIGNED) + offsets, mask, 0.0).to(A)
     s0 = p
     s1 = p
     s2 = p
@@ -237,8 +239,13 @@ def _shrink_factor(squares, c):
 
 
 @triton.jit
-def _write(row, c, stream, base, offsets, mask, w, T: tl.constexpr, ALIGNED: tl.constexpr):
-    """Write the weights; with a stream of random numbers, bfloat16 is rounded stochastically."""
+def _write(
+    row, c, stream, base, offsets, mask, w, T: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Write the weights, and their copies where there are some.
+
+    With a stream of random numbers, bfloat16 is rounded stochastically.
+    """
     address = _at(row, PARAM, T, base, ALIGNED) + offsets
     w += tl.load(c + C_ZERO)
     if stream is not None:
@@ -248,6 +255,8 @@ def _write(row, c, stream, base, offsets, mask, w, T: tl.constexpr, ALIGNED: tl.
         finite = tl.abs(w) < float("inf")
         w = tl.where(finite, bits, w.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     tl.store(address, w.to(T), mask=mask)
+    if G != T:
+        tl.store(_at(row, COPY, G, base, ALIGNED) + offsets, w.to(G), mask=mask)
 
 
 # --- Groups that a tile holds, and no groups.
@@ -256,7 +265,8 @@ def _write(row, c, stream, base, offsets, mask, w, T: tl.constexpr, ALIGNED: tl.
 @triton.jit
 def _flat_tile(
     row, c, stream, tile, TILE: tl.constexpr, ALIGNED: tl.constexpr, Advance: tl.constexpr,
-    Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
+    Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
+    A: tl.constexpr,
 ):
     """TILE neighbours without groups; ALIGNED ones are all there."""
     base = tile * TILE
@@ -265,16 +275,16 @@ def _flat_tile(
     if not ALIGNED:
         mask = offsets < tl.load(row + GROUPS) - base
     t = _thresholded(
-        row, c, base, offsets, mask, False, ALIGNED, Advance, Apply, STATES, Prox, T, A
+        row, c, base, offsets, mask, False, ALIGNED, Advance, Apply, STATES, Prox, T, G, A
     )
-    _write(row, c, stream, base, offsets, mask, t, T, ALIGNED)
+    _write(row, c, stream, base, offsets, mask, t, T, G, ALIGNED)
 
 
 @triton.jit
 def _rows_tile(
     row, c, stream, tile, TILE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
     Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
-    T: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """Groups that are rows of at most WIDTH neighbours, as many as fill TILE."""
     ROWS: tl.constexpr = TILE // WIDTH if WIDTH < TILE else 1
@@ -289,17 +299,17 @@ def _rows_tile(
     mask = (r < tl.load(row + GROUPS) - first) & (column < width)
     offsets = r * width + column
     t = _thresholded(
-        row, c, base, offsets, mask, False, ALIGNED, Advance, Apply, STATES, Prox, T, A
+        row, c, base, offsets, mask, False, ALIGNED, Advance, Apply, STATES, Prox, T, G, A
     )
     factor = _shrink_factor(tl.sum(_squares(t, c), axis=1), c)
-    _write(row, c, stream, base, offsets, mask, t * factor[:, None], T, ALIGNED)
+    _write(row, c, stream, base, offsets, mask, t * factor[:, None], T, G, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def resident_kernel(
     table, coefficients, work, found_inf, seed,
     Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
-    T: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr, KINDS: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr, KINDS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One tile a program: no groups, or groups that the tile holds. Each weight is read once.
@@ -322,13 +332,13 @@ def resident_kernel(
                     if kind == 2 * k + aligned:
                         _rows_tile(
                             row, c, stream, tile, TILE, 1 << k, aligned == 1,
-                            Advance, Apply, STATES, Prox, T, A, VECTOR,
+                            Advance, Apply, STATES, Prox, T, G, A, VECTOR,
                         )
             if (KINDS >> (62 + aligned)) & 1:
                 if kind == 62 + aligned:
                     _flat_tile(
                         row, c, stream, tile, TILE, aligned == 1,
-                        Advance, Apply, STATES, Prox, T, A,
+                        Advance, Apply, STATES, Prox, T, G, A,
                     )
 
 
@@ -373,7 +383,7 @@ def _columns_tile(
     row, c, stream, team, piece, partials, factors, arrivals, ready,
     PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr,
-    STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
+    STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Groups that are columns, or `inner` neighbours in each of many rows: ROWS x COLUMNS of them.
@@ -408,7 +418,7 @@ def _columns_tile(
         t = _load(_at(row, PARAM, T, base, ALIGNED) + offsets, mask, 0.0)
     else:
         t = _thresholded(
-            row, c, base, offsets, mask, PHASE == 1, ALIGNED, Advance, Apply, STATES, Prox, T, A
+            row, c, base, offsets, mask, PHASE == 1, ALIGNED, Advance, Apply, STATES, Prox, T, G, A
         )
     if PHASE == 0 and T == A:
         tl.store(_at(row, PARAM, T, base, ALIGNED) + offsets, t, mask=mask)
@@ -434,7 +444,7 @@ def _columns_tile(
             if inner > 1:
                 sums = _sum_of_neighbours(sums, inner, COLUMNS)
             factor = _shrink_factor(sums, c)
-        _write(row, c, stream, base, offsets, mask, t * factor[None, :], T, ALIGNED)
+        _write(row, c, stream, base, offsets, mask, t * factor[None, :], T, G, ALIGNED)
 
 
 @triton.jit
@@ -442,7 +452,7 @@ def _long_tile(
     row, c, stream, team, piece, partials, factors, arrivals, ready,
     PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr,
-    Prox: tl.constexpr, T: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
+    Prox: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """Groups of `outer` runs of many neighbours: TILE of one run. A team is a group."""
     outer = tl.load(row + OUTER)
@@ -467,7 +477,7 @@ def _long_tile(
         t = _load(_at(row, PARAM, T, base, ALIGNED) + offsets, mask, 0.0)
     else:
         t = _thresholded(
-            row, c, base, offsets, mask, PHASE == 1, ALIGNED, Advance, Apply, STATES, Prox, T, A
+            row, c, base, offsets, mask, PHASE == 1, ALIGNED, Advance, Apply, STATES, Prox, T, G, A
         )
     if PHASE == 0 and T == A:
         tl.store(_at(row, PARAM, T, base, ALIGNED) + offsets, t, mask=mask)
@@ -482,14 +492,14 @@ def _long_tile(
             tl.store(factors, _shrink_factor(tl.sum(total, axis=0).to(A), c))
             _announce(ready)
     else:
-        _write(row, c, stream, base, offsets, mask, t * tl.load(factors), T, ALIGNED)
+        _write(row, c, stream, base, offsets, mask, t * tl.load(factors), T, G, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["seed", "n_teams"])
 def split_kernel(
     table, coefficients, work, found_inf, seed, partials, factors, sync, n_teams,
     Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
-    T: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr, KINDS: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr, KINDS: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """One tile a program, of groups that no tile holds, or of columns.
@@ -518,12 +528,12 @@ def split_kernel(
                         _columns_tile(
                             row, c, stream, team, piece, partials, factors, arrivals, ready,
                             phase, aligned == 1,
-                            ROWS, COLUMNS, Advance, Apply, STATES, Prox, T, A, VECTOR,
+                            ROWS, COLUMNS, Advance, Apply, STATES, Prox, T, G, A, VECTOR,
                         )
                 if (KINDS >> (6 + 2 * phase + aligned)) & 1:
                     if kind == 6 + 2 * phase + aligned:
                         _long_tile(
                             row, c, stream, team, piece, partials, factors, arrivals, ready,
                             phase, aligned == 1,
-                            TILE, Advance, Apply, STATES, Prox, T, A, VECTOR,
+                            TILE, Advance, Apply, STATES, Prox, T, G, A, VECTOR,
                         )

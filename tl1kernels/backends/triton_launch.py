@@ -20,8 +20,8 @@ from torch import Tensor
 from torch import library as torch_library
 
 from tl1kernels.backends import triton_schedule as schedule
-from tl1kernels.batch import Batch, Entry, rule_name, state_dtype
-from tl1kernels.views import GroupView, is_laid_out_like, laid_out_like
+from tl1kernels.batch import Batch, Entry, gradients, rule_name, scalar_rows, state_dtype
+from tl1kernels.views import GroupView
 
 WARPS = 8
 BLOCK = 64  # tensors that a program of prepare_kernel takes
@@ -68,11 +68,11 @@ def rejects(batch: Batch) -> str | None:
         return f"it has no kernels for {batch.device.type}"
     if batch.penalty not in maths().PENALTIES:
         return f"it has no penalty {batch.penalty!r}"
-    for entry in batch.entries:
+    for entry, grad in zip(batch.entries, batch.grads, strict=True):
         if entry.param.is_neg():
             return "a parameter with its negative bit set"
-        if entry.grad.dtype != batch.dtype:
-            return f"a gradient of {entry.grad.dtype} for a parameter of {batch.dtype}"
+        if grad.dtype != batch.grad_dtype:
+            return f"a gradient of {grad.dtype} for a parameter of {batch.grad_dtype}"
         for number in _on_device(batch, entry):
             if number is not None and number.dtype != torch.float32:
                 return f"a number of {number.dtype} on the device"
@@ -97,10 +97,10 @@ def run(batch: Batch) -> None:
 def _run(batch: Batch) -> None:
     if not batch.tables:
         batch.tables.update(_tables(batch))
+    if not batch.numbers:
+        batch.numbers.update(_numbers(batch))
     tables, rule = batch.tables, batch.rule
-    grads = [entry.grad for entry in batch.entries]
-    for i in tables["apart"]:
-        grads[i] = laid_out_like(batch.entries[i].param, grads[i])
+    grads = gradients(batch)
     counters = tables["counters"]
     if batch.stochastic and _capturing(batch.device):
         raise RuntimeError("a CUDA graph would round each replay alike: rounding='nearest' there")
@@ -115,9 +115,9 @@ def _run(batch: Batch) -> None:
         grads,
         tables["state"],
         [] if rule.capturable else counters,
-        tables["numbers"],
+        batch.numbers["on_device"],
         tables["views"],
-        tables["scalars"],
+        batch.numbers["scalars"],
         rule_name(rule),
         batch.penalty,
         maximize=getattr(rule, "maximize", False),
@@ -126,6 +126,7 @@ def _run(batch: Batch) -> None:
         grad_scale=batch.grad_scale,
         found_inf=batch.found_inf,
         seed=batch.seed,
+        copies=tables["copies"],
         kept=batch.layouts,
     )
     torch.autograd.graph.increment_version(tables["written"])
@@ -136,23 +137,23 @@ def _tables(batch: Batch) -> dict[str, Any]:
     params = [entry.param for entry in entries]
     state = [entry.state[name] for entry in entries for name in rule.state]
     counters = [entry.state[name] for entry in entries for name in rule.counters]
+    copies = [entry.copy for entry in entries if entry.copy is not None]
     return {
         "params": params,
+        "copies": copies,
         "state": state,
         "counters": counters,
-        "numbers": [_on_device(batch, entry) for entry in entries],
-        "apart": [i for i, e in enumerate(entries) if not is_laid_out_like(e.param, e.grad)],
-        "written": [*params, *state, *counters],
+        "written": [*params, *state, *counters, *copies],
         "views": [entry.view for entry in entries],
-        "scalars": torch.tensor([_scalars(entry) for entry in entries], dtype=torch.float64),
     }
 
 
-def _scalars(entry: Entry) -> list[float]:
-    values = {**entry.scalars, **entry.terms._asdict()}
-    if isinstance(values["lr"], Tensor):
-        values["lr"] = 0.0
-    return [values.get(name, 0.0) for name in maths().SCALARS]
+def _numbers(batch: Batch) -> dict[str, Any]:
+    rows = scalar_rows(batch, maths().SCALARS)
+    return {
+        "on_device": [_on_device(batch, entry) for entry in batch.entries],
+        "scalars": torch.tensor(rows, dtype=torch.float64),
+    }
 
 
 def step(
@@ -172,6 +173,7 @@ def step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     seed: int | None = None,
+    copies: Sequence[Tensor] = (),
     kept: dict[str, Any],
 ) -> None:
     """Launch the kernels on the current device.
@@ -194,6 +196,8 @@ def step(
         grad_scale: what gradients are divided by, 0-d float32 on the device; None for 1.
         found_inf: 0-d float32 on the device: unless 0, nothing changes; None for 0.
         seed: of stochastic rounding, for bfloat16; None to round to nearest.
+        copies: none, or for each parameter, then float32, a 16-bit tensor with its strides that
+            takes its new values; its gradient has that dtype.
         kept: what to find again next time; of these params and views only.
     """
     kernels, math = load(), maths()
@@ -201,7 +205,7 @@ def step(
 
     device, dtype, n = params[0].device, params[0].dtype, len(params)
     wide = _named(tl, state_dtype(dtype))
-    _renew_tables(params, grads, state, numbers, views, kept)
+    _renew_tables(params, grads, state, copies, numbers, views, kept)
     if counters:
         scalars = scalars.clone()
         scalars[:, math.SCALARS.index("step")] = torch.stack([*counters]).to(scalars)
@@ -222,6 +226,7 @@ def step(
         "STATES": len(state) // n,
         "Prox": prox,
         "T": _named(tl, dtype),
+        "G": _named(tl, grads[0].dtype),
         "A": wide,
         "VECTOR": 16 // dtype.itemsize,
         "TILE": schedule.TILE,
@@ -282,12 +287,13 @@ def _renew_tables(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     state: Sequence[Tensor],
+    copies: Sequence[Tensor],
     numbers: Sequence[Sequence[Tensor | None]],
     views: Sequence[GroupView],
     kept: dict[str, Any],
 ) -> None:
     """Bring the table of addresses, the tiles and the workspace up to date."""
-    addresses = [t.data_ptr() for t in chain(params, grads, state)]
+    addresses = [t.data_ptr() for t in chain(params, grads, copies, state)]
     addresses += [0 if number is None else number.data_ptr() for number in chain(*numbers)]
     if kept.get("addresses") == addresses:
         return
@@ -296,7 +302,9 @@ def _renew_tables(
     of = np.array(addresses, np.int64)
     table = np.zeros((n, math.TABLE.value), np.int64)
     table[:, 0], table[:, 1] = of[:n], of[n : 2 * n]
-    states = of[2 * n : -3 * n].reshape(n, -1)
+    first = 2 * n + len(copies)
+    table[:, math.COPY.value] = of[2 * n : first] if copies else 0
+    states = of[first : -3 * n].reshape(n, -1)
     table[:, 2 : 2 + states.shape[1]] = states
     table[:, math.COUNTER.value : math.OUTER.value] = of[-3 * n :].reshape(n, 3)
     aligned = ~np.any(table[:, : math.COUNTER.value] % 16, axis=1)

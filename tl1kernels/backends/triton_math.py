@@ -15,17 +15,18 @@ import triton.language as tl
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
 STATE = tl.constexpr(2)  # up to three
-COUNTER = tl.constexpr(5)  # Adam's `step`, lr, and lam where they lie on the device, else 0
-LR_THERE = tl.constexpr(6)
-LAM_THERE = tl.constexpr(7)
-OUTER = tl.constexpr(8)
-GROUPS = tl.constexpr(9)
-INNER = tl.constexpr(10)
-PIECES = tl.constexpr(11)
-PARTIALS = tl.constexpr(12)
-TEAMS = tl.constexpr(13)
-FACTORS = tl.constexpr(14)
-TABLE = tl.constexpr(15)
+COPY = tl.constexpr(5)
+COUNTER = tl.constexpr(6)  # Adam's `step`, lr, and lam where they lie on the device, else 0
+LR_THERE = tl.constexpr(7)
+LAM_THERE = tl.constexpr(8)
+OUTER = tl.constexpr(9)
+GROUPS = tl.constexpr(10)
+INNER = tl.constexpr(11)
+PIECES = tl.constexpr(12)
+PARTIALS = tl.constexpr(13)
+TEAMS = tl.constexpr(14)
+FACTORS = tl.constexpr(15)
+TABLE = tl.constexpr(16)
 
 # The work, int32, a row a program: index of the tensor, kind, then of a resident tile its index, of
 # others the index of its team, and its own in that.

@@ -1,0 +1,65 @@
+"""A step inside torch.compile: one op, which takes the optimizer's step as it runs outside.
+
+The op knows the optimizer by a number, and the options are read when it runs: no schedule of lr or
+lam recompiles anything, and the graph has no break.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import library as torch_library
+
+_numbers = itertools.count()
+_optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def register(optimizer: Any) -> int:
+    """Return a number by which the op finds the optimizer while that lives."""
+    number = next(_numbers)
+    _optimizers[number] = optimizer
+    return number
+
+
+def step(number: int, param_groups: Sequence[dict[str, Any]]) -> None:
+    """Put a step on all parameters with gradients into the graph; torch.compile traces this."""
+    params, grads, places = [], [], []
+    place = 0
+    for group in param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                params.append(param)
+                grads.append(param.grad)
+                places.append(place)
+            place += 1
+    if params:
+        torch.ops.tl1kernels.optimizer_step_(params, grads, places, number)
+
+
+def _run(params: list[Tensor], grads: list[Tensor], places: list[int], number: int) -> None:
+    optimizer = _optimizers[number]
+    given = dict(zip(places, grads, strict=True))
+    everyone: list[Tensor] = []
+    of_groups, grads_of_groups = [], []
+    for group in optimizer.param_groups:
+        here = range(len(everyone), len(everyone) + len(group["params"]))
+        everyone += group["params"]
+        of_groups.append([everyone[place] for place in here if place in given])
+        grads_of_groups.append([given[place] for place in here if place in given])
+    with torch.no_grad():
+        optimizer._take_step(of_groups, grads_of_groups)
+        # Where the compiler made copies, it will write them back over the parameters.
+        for place, param in zip(places, params, strict=True):
+            if param.data_ptr() != everyone[place].data_ptr():
+                param.copy_(everyone[place])
+
+
+_OPS = torch_library.Library("tl1kernels", "FRAGMENT")
+_OPS.define("optimizer_step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int number) -> ()")
+_OPS.impl("optimizer_step_", _run, "CompositeExplicitAutograd")
+torch_library.register_fake("tl1kernels::optimizer_step_", lambda *_: None)

@@ -1,0 +1,107 @@
+"""A schedule of lam, mu or a, in the manner of torch.optim.lr_scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl1kernels.penalties import Regularizer, number
+
+SHAPES: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda x: float(x >= 1),
+    "linear": lambda x: x,
+    "cubic": lambda x: 1 - (1 - x) ** 3,  # Zhu & Gupta 2017, eq. 1: fast, then slower and slower
+}
+"""How far the way from the start to the group's own value has come after a share x of the steps."""
+
+OPTIONS = ("lam", "mu", "a")
+
+
+class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
+    """Leads an option of every param group from `start` to the value that the group has now.
+
+    Call `step` after the optimizer's, once a batch or once an epoch, as with torch's schedulers; lr
+    stays what it is, and a scheduler of lr may stand beside it. A tensor is written in place. As
+    with lr, the scheduler is made before a checkpoint of the optimizer is loaded. The group's own
+    value waits in the group as `initial_lam` (`initial_mu`, `initial_a`), and a group that is added
+    later joins in. A group with lam = 0 stays unregularized.
+
+    Args:
+        optimizer: one of this package's.
+        shape: "constant" (`start`, then the group's value), "linear", or "cubic".
+        steps: how many steps the way takes, >= 1.
+        option: what is led: "lam", "mu" or "a".
+        start: the value at the beginning.
+        delay: steps before the way begins, >= 0.
+        last_epoch: as in torch: steps taken; -1 begins anew.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        shape: str = "cubic",
+        *,
+        steps: int,
+        option: str = "lam",
+        start: float = 0.0,
+        delay: int = 0,
+        last_epoch: int = -1,
+    ) -> None:
+        for name, value, allowed in (("shape", shape, SHAPES), ("option", option, OPTIONS)):
+            if value not in tuple(allowed):
+                names = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name} must be one of {names}, got {value!r}")
+        for name, count, least in (("steps", steps, 1), ("delay", delay, 0)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise ValueError(f"{name} must be an int >= {least}, got {count!r}")
+        start = number("start", start)
+        try:
+            Regularizer.of({option: start})
+        except ValueError as error:
+            raise ValueError(f"start={start} is no value of {option}: {error}") from None
+        for i, group in enumerate(getattr(optimizer, "param_groups", ())):
+            if group.get(option) is None:
+                got = "None" if option in group else "no such option"
+                raise ValueError(f"{option} of param group {i} must be a number, got {got}")
+        self.shape, self.option = shape, option
+        self.steps, self.start, self.delay = steps, start, delay
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the learning rates as they are."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go one step on, and set the option in every group."""
+        super().step(epoch)
+        self._apply()
+
+    def get_last_value(self) -> list[float | Tensor]:
+        """Return the option's present value in every group."""
+        return [group[self.option] for group in self.optimizer.param_groups]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the scheduler's state, and set the option to what it was."""
+        super().load_state_dict(state_dict)
+        self._apply()
+
+    def _apply(self) -> None:
+        share = min(max((self.last_epoch - self.delay) / self.steps, 0.0), 1.0)
+        way = SHAPES[self.shape](share)
+        for group in self.optimizer.param_groups:
+            present = group[self.option]
+            own = present.clone() if isinstance(present, Tensor) else present
+            end = group.setdefault(f"initial_{self.option}", own)
+            if self.option == "lam" and not isinstance(end, Tensor) and end == 0:
+                continue
+            value = end if way == 1 else self.start + (end - self.start) * way
+            if isinstance(present, Tensor):
+                present.copy_(torch.as_tensor(value))
+            else:
+                group[self.option] = float(value)
