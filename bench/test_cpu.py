@@ -168,6 +168,34 @@ def test_torchao_pat_on_its_own_job(against, job):
     against(case, ours, {peer: pat.step}, {peer: 1 / speed_up}, 3 * p.nbytes, rounds=9)
 
 
+@pytest.mark.parametrize("schedule", ["", ", lr changes each step"])
+@pytest.mark.parametrize("rule", RULES)
+def test_pythons_time_for_161_small_tensors(against, monkeypatch, rule, schedule):
+    """A step without the op that does the arithmetic, on either side."""
+    params = [fresh((4, 4)) for _ in range(161)]
+    ours, theirs = steps_on_one_memory(rule, params, **REGULARIZER)
+    ours(), theirs()
+    monkeypatch.setattr(torch.ops.tl1kernels, "step_", lambda *_: None)
+    for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: None)
+
+    def with_schedule(step):
+        group = step.__self__.param_groups[0]
+
+        def run():
+            for _ in range(20):
+                if schedule:
+                    group["lr"] *= 0.999
+                step()
+
+        return run
+
+    peer = f"torch {rule}, fused, no prox"
+    case = f"{rule}, 20 steps of 161 tensors 4x4, Python alone{schedule}"
+    bound = 1.4 if schedule else 1.0
+    against(case, with_schedule(ours), {peer: with_schedule(theirs)}, {peer: bound}, 0)
+
+
 @pytest.mark.parametrize("groups", ["one param group", "one for each layer"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_resnet50s_parameters(against, rule, groups):

@@ -12,7 +12,7 @@ import tl1kernels as tk
 from tests.common import skip_unless_it_runs
 from tl1kernels import backends, plan
 from tl1kernels.backends import native
-from tl1kernels.batch import SGD, Adam, Assign, Entry
+from tl1kernels.batch import SGD, Adam, Assign, Entry, Numbers
 from tl1kernels.penalties import Terms
 from tl1kernels.views import view_of
 
@@ -20,7 +20,7 @@ from tl1kernels.views import view_of
 def work(dtype=torch.float32, rule=SGD(), penalty="tl1", lam=0.1):  # noqa: B008
     p = torch.ones(2, 2, dtype=dtype)
     scalars = {"lr": 0.1, "weight_decay": 0.0}
-    return rule, penalty, Entry(p, view_of(p, None), scalars, Terms(lam, 0.0, 1.0)), p
+    return rule, penalty, Entry(p, view_of(p, None), Numbers(scalars, Terms(lam, 0.0, 1.0))), p
 
 
 needs_cpu = pytest.mark.skipif(native.unavailable() is not None, reason="no native library")

@@ -218,3 +218,22 @@ def test_training_prunes_and_a_checkpoint_goes_on_bit_for_bit():
     train(model, optimizer, 5)
     train(other, resumed, 5)
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_by", [None, "out", "in", "layer"])
+def test_masters_are_what_float32_weights_become(dtype, group_by):
+    """On Triton, to the bit; the weight is the master, rounded."""
+    narrow = torch.randn(300, 9000, device="cuda").to(dtype).requires_grad_()
+    wide = narrow.detach().float().requires_grad_()
+    options = {"lr": 0.05, "lam": 4.0, "group_by": group_by}
+    mine = tk.ProxAdamW([narrow], master_weights=True, **options)
+    theirs = tk.ProxAdamW([wide], **options)
+    for _ in range(3):
+        narrow.grad = torch.randn_like(narrow)
+        wide.grad = narrow.grad.float()
+        mine.step()
+        theirs.step()
+    assert torch.equal(mine.state[narrow]["master_param"], wide)
+    assert torch.equal(narrow, wide.to(dtype))
+    assert (narrow == 0).any()

@@ -5,6 +5,8 @@ import copy
 import inspect
 import math
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 import tl1kernels as tk
 from tests.common import (
     PAIRS,
+    VARIANTS,
     assert_near,
     many_steps,
     network,
@@ -45,6 +48,29 @@ def test_without_lam_float64_tracks_torch(ours, torchs, options, each_backend):
         for got, want in ((p, q), *((mine[k], theirs[k]) for k in mine)):
             size = max(1.0, want.abs().max().item())
             torch.testing.assert_close(got, want, rtol=0, atol=tolerance * size)
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=8)
+def test_without_lam_random_problems_track_torch(each_backend, data):
+    """100 steps on least squares of any shape, with any options, in float64."""
+    n, m, k = (data.draw(st.integers(1, 12)) for _ in range(3))
+    ours, torchs, options = data.draw(st.sampled_from(VARIANTS))
+    options = {**options, "maximize": False, "lr": data.draw(st.sampled_from([1e-3, 0.01]))}
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    start, x, y = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((n, m), (m, k), (n, k))
+    )
+    p, q = (start.clone().requires_grad_() for _ in range(2))
+    optimizers = ours([p], **options), torchs([q], **options)
+    for _ in range(many_steps(each_backend)):
+        for w, optimizer in zip((p, q), optimizers, strict=True):
+            optimizer.zero_grad()
+            (w @ x / m - y).square().mean().backward()
+            optimizer.step()
+    tolerance = 0 if each_backend == "reference" else 1e-12 * max(1.0, q.abs().max().item())
+    torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
 
 
 @variants

@@ -1,9 +1,12 @@
 """Batches that an optimizer keeps from step to step: they follow every change of what they hold."""
 
+import sys
+
 import pytest
 import torch
 
 import tl1kernels as tk
+from tl1kernels import plan
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -80,6 +83,14 @@ def drop_a_gradient(optimizer):
     optimizer.param_groups[0]["params"][1].requires_grad_(False)
 
 
+@pytest.fixture(params=[True, False], ids=["guards", "attributes"])
+def _kinds(request, monkeypatch):
+    """With torch's guards, which are private, and without: attributes tell the same."""
+    if not request.param:
+        monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
+    assert (plan.Kinds([torch.ones(2)])._guards is not None) == request.param
+
+
 CHANGES = [
     change_lr, change_tensor_lam, change_penalty, change_groups, change_min_ndim, change_momentum,
     change_dtype, change_layout, change_layout_of_state, change_state, forget_state,
@@ -87,6 +98,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("_kinds")
 @pytest.mark.parametrize("change", CHANGES)
 def test_batches_that_are_kept_follow_every_change(change):
     """The same steps with kept batches and with new ones each time."""
@@ -109,3 +121,29 @@ def test_batches_that_are_kept_follow_every_change(change):
             optimizer.step()
         results.append([p.detach() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("_kinds")
+def test_a_gradient_of_another_kind_is_seen():
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=1.0)
+    plain = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for gradient in (plain, plain.t(), torch._neg_view(plain), plain.double().float().t().neg()):
+        with torch.no_grad():
+            p.fill_(0)
+        p.grad = gradient
+        optimizer.step()
+        assert torch.equal(p.detach(), -gradient.resolve_neg())
+
+
+@pytest.mark.parametrize("change", ["lr", "lam", "mu", "a"])
+def test_a_change_of_a_number_builds_no_new_plan(change):
+    p = torch.randn(6, 5, requires_grad=True)
+    optimizer = tk.ProxAdam([p], lr=0.1, lam=0.1, mu=0.5, group_by="in")
+    kept = []
+    for _ in range(4):
+        p.grad = torch.randn_like(p)
+        optimizer.param_groups[0][change] *= 0.9
+        optimizer.step()
+        kept.append(optimizer._planned.batches)
+    assert kept == [kept[0]] * 4

@@ -15,7 +15,7 @@ import tl1kernels as tk
 from tests.common import assert_near, rounding, variants
 from tl1kernels import plan as planning
 from tl1kernels.backends import triton_launch, triton_schedule
-from tl1kernels.batch import SGD, Adam, Entry, host_numbers
+from tl1kernels.batch import SGD, Adam, Entry, Numbers, host_numbers
 from tl1kernels.penalties import Terms
 from tl1kernels.plan import FLOAT_DTYPES as DTYPES
 from tl1kernels.views import GroupView, view_of
@@ -252,7 +252,7 @@ def test_numbers_on_the_device_are_read_by_each_step(triton, adam):
         scalars = {"lr": lr, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
         state = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": step}
         view, terms = view_of(p, "in"), Terms(0.5, 0.5, 1.0, lam)
-        entry = Entry(p, view, scalars, terms, state if adam else {})
+        entry = Entry(p, view, Numbers(scalars, terms), state if adam else {})
         prepared = planning.prepare([(rule, "tl1", entry, torch.ones_like(p))], backend)
         for i in range(3):
             lr.fill_(0.1 / (i + 1)), lam.fill_(0.2 * (i + 1))
@@ -275,7 +275,7 @@ def test_grad_scale_and_found_inf_on_the_device(triton, capturable):
         state = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": step}
         scalars = {"lr": 0.1, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
         terms = Terms(0.5, 0.5, 1.0)
-        entry = Entry(p, view_of(p, "in"), scalars, terms, state)
+        entry = Entry(p, view_of(p, "in"), Numbers(scalars, terms), state)
         with tk.use_backend(backend):
             rule = Adam(capturable=capturable)
             work = planning.Plan([(rule, "tl1", entry, 8 * torch.ones_like(p))])
@@ -339,11 +339,12 @@ def test_a_change_of_numbers_keeps_the_tiles(triton, monkeypatch):
 @runs
 def test_what_the_backend_rejects():
     p = torch.ones(2, 2, device=DEVICE, requires_grad=True)
-    half = Entry(p, view_of(p, None), {"lr": 0.1, "weight_decay": 0.0}, Terms(0, 0, 1))
+    numbers_ = Numbers({"lr": 0.1, "weight_decay": 0.0}, Terms(0, 0, 1))
+    half = Entry(p, view_of(p, None), numbers_)
     with pytest.raises(RuntimeError, match=r"gradient of torch\.float16"):
         planning.prepare([(SGD(), "tl1", half, p.half())], "triton")
     lr = {"lr": numbers(0.1, torch.float64), "weight_decay": 0.0}
-    wide = Entry(p, view_of(p, None), lr, Terms(0, 0, 1))
+    wide = Entry(p, view_of(p, None), Numbers(lr, Terms(0, 0, 1)))
     with pytest.raises(RuntimeError, match=r"a number of torch\.float64 on the device"):
         planning.prepare([(SGD(), "tl1", wide, p)], "triton")
 

@@ -74,16 +74,28 @@ parameter, `counters` its 0-d ones."""
 
 
 @dataclass
+class Numbers:
+    """What a scheduler may change between two steps; entries that have the same share one object.
+
+    Attributes:
+        scalars: the rule's scalars and `lr`, the step size that also scales the thresholds; `lr`
+            may be a 0-d tensor, of which the step takes the value that it then has.
+        terms: the regularizer's weights and shape; both weights 0 leave the rule's result as
+            it is, to the bit.
+    """
+
+    scalars: Mapping[str, float | Tensor]
+    terms: Terms
+
+
+@dataclass
 class Entry:
     """One tensor's part of a batch.
 
     Attributes:
         param: what is updated in place; dense, in any order of dims.
         view: the groups of `param`.
-        scalars: the rule's scalars and `lr`, the step size that also scales the thresholds; `lr`
-            may be a 0-d tensor, of which the step takes the value that it then has.
-        terms: the regularizer's weights and shape; both weights 0 leave the rule's result as
-            it is, to the bit.
+        numbers: the rule's scalars and the regularizer's terms.
         state: the rule's state by name, updated in place.
         stochastic: whether bfloat16 is rounded stochastically, and not to nearest.
         copy: a 16-bit tensor, laid out as `param`, that takes its new values, rounded: `param` is
@@ -92,11 +104,20 @@ class Entry:
 
     param: Tensor
     view: GroupView
-    scalars: Mapping[str, float | Tensor]
-    terms: Terms
+    numbers: Numbers
     state: Mapping[str, Tensor] = field(default_factory=dict)
     stochastic: bool = False
     copy: Tensor | None = None
+
+    @property
+    def scalars(self) -> Mapping[str, float | Tensor]:
+        """The rule's scalars."""
+        return self.numbers.scalars
+
+    @property
+    def terms(self) -> Terms:
+        """The regularizer's terms."""
+        return self.numbers.terms
 
 
 @dataclass
@@ -155,21 +176,25 @@ def host_numbers(entry: Entry) -> tuple[dict[str, float], Terms]:
     return {name: float(value) for name, value in entry.scalars.items()}, entry.terms.read()
 
 
-def scalar_rows(batch: Batch, names: Sequence[str]) -> list[list[float]]:
+def scalar_table(batch: Batch, names: Sequence[str]) -> Tensor:
     """Return each entry's scalars and terms under these names, as kernels take them.
 
-    What an entry lacks is 0, as is lr where it lies on a device; lam there is not in the terms.
+    float64 [entries, names] on the CPU. What an entry lacks is 0, as is lr where it lies on a
+    device; lam there is not in the terms.
     """
-    rows: dict[object, list[float]] = {}  # most entries share theirs
-    result = []
-    for entry in batch.entries:
-        key = (id(entry.scalars), entry.terms)
-        if key not in rows:
-            values = {**entry.scalars, **entry.terms._asdict()}
-            there = (values.get(name, 0.0) for name in names)
-            rows[key] = [0.0 if isinstance(value, Tensor) else value for value in there]
-        result.append(rows[key])
-    return result
+    if "places" not in batch.tables:
+        distinct = {id(entry.numbers): entry.numbers for entry in batch.entries}
+        order = {key: i for i, key in enumerate(distinct)}
+        batch.tables["distinct"] = list(distinct.values())
+        places = [order[id(entry.numbers)] for entry in batch.entries]
+        batch.tables["places"] = torch.tensor(places, dtype=torch.int64, device="cpu")
+    rows = []
+    for numbers in batch.tables["distinct"]:
+        values = {**numbers.scalars, **numbers.terms._asdict()}
+        there = (values.get(name, 0.0) for name in names)
+        rows.append([0.0 if isinstance(value, Tensor) else value for value in there])
+    table = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    return table.index_select(0, batch.tables["places"])
 
 
 def rule_name(rule: Rule) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tl1kernels import plan
-from tl1kernels.batch import Assign, Entry
+from tl1kernels.batch import Assign, Entry, Numbers
 from tl1kernels.penalties import PENALTIES, Options, Regularizer, number_or_tensor
 from tl1kernels.views import GroupBy, view_of
 
@@ -70,7 +70,7 @@ def prox(
         _check_out(out, v)
     view = view_of(out, group_by)
     reg.check_step("step", eta)
-    entry = Entry(out, view, {"lr": eta}, reg.terms(view))
+    entry = Entry(out, view, Numbers({"lr": eta}, reg.terms(view)))
     plan.execute(plan.prepare([(Assign(), penalty, entry, v.detach())], backend))
     return out
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from tl1kernels import compiled, plan
-from tl1kernels.batch import SGD, Adam, Entry, Rule, state_dtype
-from tl1kernels.penalties import Regularizer, number, number_or_tensor
-from tl1kernels.views import GroupBy, laid_out_like, view_of
+from tl1kernels.batch import SGD, Adam, Entry, Numbers, Rule, state_dtype
+from tl1kernels.penalties import Regularizer, Terms, number, number_or_tensor
+from tl1kernels.views import GroupBy, GroupView, laid_out_like, view_of
 
 _DOC = """torch.optim.{base} with a proximal step: connections and neurons become exact zeros.
 
@@ -64,7 +64,7 @@ class _PlannedGroup:
 
     rule: Rule
     structure: tuple[Any, ...]  # the options that are no numbers
-    spared: list[bool]  # the tensors that have too few dims to be regularized
+    numbers: dict[GroupView | None, Numbers]  # by view; None for tensors that are spared
     entries: list[Entry]
     params: list[Tensor]
     state: list[Tensor] = field(default_factory=list)  # all of it, in the order of the dicts
@@ -227,12 +227,14 @@ class _Proximal(torch.optim.Optimizer):
         for group, with_grad, theirs in zip(self.param_groups, params, grads, strict=True):
             reg = _check_group(group, with_grad, theirs)
             rule, scalars = self._rule(group)
-            spared = [param.ndim < group["min_ndim"] for param in with_grad]
-            there = _PlannedGroup(rule, _structure(group), spared, [], with_grad)
-            for param, grad, spare in zip(with_grad, theirs, spared, strict=True):
-                view = view_of(param, None if spare else reg.group_by)
-                terms = (_UNREGULARIZED if spare else reg).terms(view)
-                entry = Entry(param, view, scalars, terms)
+            there = _PlannedGroup(rule, _structure(group), {}, [], with_grad)
+            for param, grad in zip(with_grad, theirs, strict=True):
+                spared = param.ndim < group["min_ndim"]
+                view = view_of(param, None if spared else reg.group_by)
+                key = None if spared else view
+                if key not in there.numbers:
+                    there.numbers[key] = Numbers(scalars, reg.terms(key) if key else _NO_TERMS)
+                entry = Entry(param, view, there.numbers[key])
                 entry.stochastic = group["rounding"] == "stochastic"
                 if group["master_weights"] and param.dtype.itemsize == 2:
                     entry.copy, entry.param = param, self._master(param)
@@ -267,14 +269,10 @@ class _Proximal(torch.optim.Optimizer):
             rule, scalars = self._rule(group)
             if rule != there.rule or _structure(group) != there.structure:
                 return False
-            terms: dict[int, Any] = {}
-            for entry, spare in zip(there.entries, there.spared, strict=True):
-                entry.scalars = scalars
-                if not spare:
-                    view = entry.view
-                    if id(view) not in terms:  # tensors of one shape share it
-                        terms[id(view)] = reg.terms(view)
-                    entry.terms = terms[id(view)]
+            for view, numbers in there.numbers.items():
+                numbers.scalars = scalars
+                if view is not None:
+                    numbers.terms = reg.terms(view)
             planned.options[i] = _plain(new)
             planned.batches.forget_numbers()
         return True
@@ -308,7 +306,8 @@ class _Proximal(torch.optim.Optimizer):
                 if entry.copy is not None:
                     of_param[_MASTER] = entry.param
                 entry.state = {name: of_param[name] for name in names}
-                entry.scalars = {**entry.scalars, **first} if first else entry.scalars
+                if first:
+                    entry.numbers = Numbers({**entry.scalars, **first}, entry.terms)
                 only_now = only_now or bool(first)
             group.state = [tensor for p in group.params for tensor in self.state[p].values()]
             group.kinds = plan.Kinds(group.state)
@@ -344,7 +343,7 @@ _COUNTER = torch.float32  # of steps taken, at least
 
 _MASTER = "master_param"
 
-_UNREGULARIZED = Regularizer()
+_NO_TERMS = Terms(0.0, 0.0, 1.0)
 
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """torch's options that choose how a step runs, not what it does."""
@@ -461,11 +460,16 @@ class _Itself:
         return other is self._tensor
 
 
+_PLAIN = {int, float, bool, str, type(None)}
+
+
 def _plain(option: Any) -> Any:
     """Return an option as something that compares by value: a tensor may change in place.
 
     One on a device is not read: whoever uses it looks at its value anew.
     """
+    if type(option) in _PLAIN:
+        return option
     if isinstance(option, Tensor) and option.device.type not in ("cpu", "meta"):
         return _Itself(option)
     if isinstance(option, Tensor):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 import tl1kernels
-from tl1kernels.batch import Batch, gradients, rule_name, scalar_rows
+from tl1kernels.batch import Batch, gradients, rule_name, scalar_table
 
 BINARY = "libtl1kernels_cpu.so"
 REPORT = "native_build.txt"
@@ -89,8 +89,7 @@ def run(batch: Batch) -> None:
     if not batch.tables:
         batch.tables.update(_tables(batch))
     if not batch.numbers:
-        rows = scalar_rows(batch, _scalar_names())
-        batch.numbers["scalars"] = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        batch.numbers["scalars"] = scalar_table(batch, _scalar_names())
     tables, rule = batch.tables, batch.rule
     grads = gradients(batch)
     if batch.grad_scale is not None:

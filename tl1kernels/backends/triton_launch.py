@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from tl1kernels.backends import triton_schedule as schedule
-from tl1kernels.batch import Batch, Entry, gradients, rule_name, scalar_rows, state_dtype
+from tl1kernels.batch import Batch, Entry, gradients, rule_name, scalar_table, state_dtype
 from tl1kernels.views import GroupView
 
 WARPS = 8
@@ -149,10 +149,9 @@ def _tables(batch: Batch) -> dict[str, Any]:
 
 
 def _numbers(batch: Batch) -> dict[str, Any]:
-    rows = scalar_rows(batch, maths().SCALARS)
     return {
         "on_device": [_on_device(batch, entry) for entry in batch.entries],
-        "scalars": torch.tensor(rows, dtype=torch.float64),
+        "scalars": scalar_table(batch, maths().SCALARS),
     }
 
 

@@ -1,0 +1,139 @@
+"""A step inside torch.compile: one op in the graph, no break, no recompilation by a schedule."""
+
+import pytest
+import torch
+from torch._dynamo import utils as dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import tl1kernels as tk
+from tests.common import PAIRS, network, same
+
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.filterwarnings("ignore:.*Profiler record function.*"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(model, i):
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(i))
+    model.zero_grad()
+    model(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", [ours for ours, _ in PAIRS])
+def test_a_step_has_no_graph_break_and_no_schedule_recompiles_it(kind, backend, each_backend):
+    if backend == "inductor" and each_backend == "triton":
+        pytest.skip("inductor compiles for the CPU; one compiler tells that the op is opaque")
+    eager, compiled = network(), network()
+    optimizers = [kind(tk.param_groups(model, lam=0.5), lr=0.05) for model in (eager, compiled)]
+    counter = CompileCounterWithBackend(backend)
+    step = torch.compile(lambda: optimizers[1].step(), backend=counter, fullgraph=True)
+    counts = []
+    for i in range(8):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * 0.9**i
+                group["lam"] *= 0.9
+        gradients(eager, i)
+        gradients(compiled, i)
+        optimizers[0].step()
+        step()
+        counts.append(counter.frame_count)
+    assert same(eager.state_dict(), compiled.state_dict())
+    assert counts[0] >= 1
+    assert counts[3:] == [counts[3]] * 5
+    if counter.graphs:
+        targets = [str(node.target) for node in counter.graphs[-1].graph.nodes]
+        assert sum("optimizer_step_" in target for target in targets) == 1
+
+
+def test_a_training_step_with_a_scheduler_is_not_recompiled_after_warm_up(each_backend):
+    """Forward, backward, step; torch's scheduler wraps the step, and breaks the graph there."""
+    eager, compiled = network(), network()
+    results = []
+    counter = CompileCounterWithBackend("aot_eager")
+    for model, with_compile in ((eager, False), (compiled, True)):
+        optimizer = tk.ProxAdamW(tk.param_groups(model, lam=0.5), lr=0.05)
+        schedulers = [
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+            tk.LamScheduler(optimizer, "cubic", steps=5),
+        ]
+
+        def train(x, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        if with_compile:
+            train = torch.compile(train, backend=counter)
+        counts, losses = [], []
+        for i in range(10):
+            losses.append(train(torch.randn(5, 6, generator=torch.Generator().manual_seed(i))))
+            for scheduler in schedulers:
+                scheduler.step()
+            counts.append(counter.frame_count)
+        results.append(torch.stack(losses).detach())
+    assert counts[0] > 0
+    assert counts[4:] == [counts[4]] * 6
+    torch.testing.assert_close(*results)
+    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+        assert torch.equal(p == 0, q == 0)
+
+
+def test_what_the_graph_reads_after_the_step_is_what_the_step_wrote():
+    p = torch.ones(3, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.5, lam=0.0)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def function():
+        before = p.detach() * 1
+        optimizer.step()
+        return before, p.detach() * 2
+
+    for i in range(3):
+        p.grad = torch.ones_like(p)
+        before, after = function()
+        assert before.eq(1 - 0.5 * i).all()
+        assert after.eq(2 - (i + 1)).all()
+
+
+def test_the_op_passes_opcheck():
+    p = torch.ones(3, 2)
+    optimizer = tk.ProxSGD([p.requires_grad_()], lr=0.1, lam=0.1)
+    arguments = ([p.detach()], [torch.ones(3, 2)], [0], optimizer._key)
+    torch.library.opcheck(torch.ops.tl1kernels.optimizer_step_.default, arguments)
+
+
+def test_copies_of_an_optimizer_step_their_own_weights():
+    import copy
+
+    model = network()
+    optimizer = tk.ProxAdam(model.parameters(), lr=0.05, lam=0.1)
+    gradients(model, 0)
+    other_model, other = copy.deepcopy((model, optimizer))
+    before = copy.deepcopy(model.state_dict())
+    gradients(other_model, 0)
+    torch.compile(lambda: other.step(), backend="aot_eager", fullgraph=True)()
+    assert same(before, model.state_dict())
+    assert not same(before, other_model.state_dict())
+
+
+def test_no_break_is_hidden_in_the_counters():
+    dynamo.counters.clear()
+    p = torch.ones(3, 2, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = tk.ProxSGD([p], lr=0.5)
+    torch.compile(lambda: optimizer.step(), backend="aot_eager")()
+    assert not dynamo.counters["graph_break"]
