@@ -138,6 +138,20 @@ def test_weights_of_32_and_64_bits_have_none():
         assert not optimizer.state[p]
 
 
+def test_a_group_of_mixed_dtypes_keeps_its_batches_and_follows_a_master_that_is_replaced():
+    p, q = torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2)
+    optimizer = tk.ProxSGD([p.requires_grad_(), q.requires_grad_()], lr=0.5, master_weights=True)
+    kept = []
+    for i in range(4):
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+        if i == 3:
+            optimizer.state[p]["master_param"] = torch.full((2, 2), 1 + 2**-12)
+        optimizer.step()
+        kept.append(optimizer._planned.batches)
+    assert kept[:3] == [kept[0]] * 3
+    assert optimizer.state[p]["master_param"].eq(1 + 2**-12).all()
+
+
 def test_a_regularized_weight_that_rounds_to_zero_is_plus_zero():
     p = torch.tensor([[-1e-7, 1.0]], dtype=torch.float16, requires_grad=True)
     optimizer = tk.ProxSGD([p], lr=1.0, lam=1e-12, penalty="l1", group_by=None, master_weights=True)

@@ -385,3 +385,63 @@ def test_empty_parameters():
     p.grad = torch.empty(0, 4)
     tk.ProxAdam([p], lam=0.1).step()
     assert p.shape == (0, 4)
+
+
+@pytest.mark.parametrize(("ours", "torchs"), PAIRS)
+def test_the_same_bits_run_after_run_for_any_number_of_threads(ours, torchs):
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            generator = torch.Generator().manual_seed(0)
+            params = [
+                torch.randn(size, generator=generator).requires_grad_()
+                for size in ((300, 40), (40, 300), (16, 3, 3, 3), (50,))
+            ]
+            optimizer = ours(params, lr=0.05, lam=0.5)
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator)
+                optimizer.step()
+            results.append([*params, *(t for p in params for t in optimizer.state[p].values())])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+@pytest.mark.parametrize("group_by", ["out", "in", "layer"])
+@pytest.mark.parametrize(("ours", "torchs"), PAIRS)
+def test_a_dead_group_stays_plus_zero_and_is_never_nan(ours, torchs, group_by, lr):
+    p = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
+    if group_by == "layer":
+        p[1, 1] = 0.0
+    before = p.clone()
+    p.requires_grad_()
+    optimizer = ours([p], lr=lr, lam=1.0, group_by=group_by, weight_decay=0.0)
+    for _ in range(3):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert p[before == 0].view(torch.int32).eq(0).all()
+    assert (p[1, 1] == before[1, 1]) if lr == 0 or group_by == "layer" else 0 < p[1, 1] < 3
+
+
+@pytest.mark.parametrize(("ours", "torchs"), PAIRS)
+def test_autograd_knows_what_a_step_has_written(ours, torchs):
+    """As with torch's: a backward pass that needs the old value raises."""
+    for kind in (ours, torchs):
+        momentum = {"momentum": 0.9} if issubclass(kind, torch.optim.SGD) else {}
+        p = torch.ones(2, 2, requires_grad=True)
+        optimizer = kind([p], lr=0.1, **momentum)
+        for _ in range(2):
+            p.grad = torch.ones(2, 2)
+            tensors = [p, *optimizer.state[p].values()]
+            before = [t._version for t in tensors]
+            x = torch.ones(2, 2, requires_grad=True)
+            y = (x * p).sum()
+            optimizer.step()
+            assert all(t._version > v for t, v in zip(tensors, before, strict=True))
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward()

@@ -260,8 +260,8 @@ class _Proximal(torch.optim.Optimizer):
             zip(self.param_groups, planned.groups, options, strict=True)
         ):
             if there.masters:
-                masters = [self.state[param].get(_MASTER) for param in there.params]
-                if not all(map(is_, masters, (entry.param for entry in there.entries))):
+                pairs = zip(there.params, there.entries, strict=True)
+                if any(e.copy is p and self.state[p].get(_MASTER) is not e.param for p, e in pairs):
                     return False
             if _equal(planned.options[i], new):
                 continue
