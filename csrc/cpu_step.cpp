@@ -211,7 +211,8 @@ bool is_view_of(const int64_t* sizes, int64_t numel) {
 // Views must be an int64 tensor (n, 4), scalars float64 (n, scalar_names()), both contiguous.
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state,
            Tensor views, Tensor scalars, std::string rule, std::optional<std::string> penalty,
-           bool maximize, bool nesterov, bool decoupled, std::vector<Tensor> copies) {
+           bool maximize, bool nesterov, bool decoupled, double grad_scale,
+           std::vector<Tensor> copies) {
   const size_t n = params.size();
   const int rule_row = row_of("rule", rule, RULE_NAMES);
   const int penalty_row = penalty ? row_of("penalty", *penalty, PENALTY_NAMES) : -1;
@@ -296,7 +297,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   // Nothing above has changed anything. From here on nothing is refused.
   for (size_t i = 0; i < n; i++) {
     const double step = counts ? count(state[i * each + shaped]) : 0;
-    steps[i].numbers = rule_numbers(scalar[i], {maximize, nesterov, decoupled}, step);
+    steps[i].numbers = rule_numbers(scalar[i], {maximize, nesterov, decoupled}, grad_scale, step);
   }
   run(steps, plan, run_tile);
 }

@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(tl1kernels, m) {
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor views, "
       "Tensor scalars, str rule, str? penalty, bool maximize, bool nesterov, bool decoupled, "
-      "Tensor(c!)[] copies) -> ()");
+      "float grad_scale, Tensor(c!)[] copies) -> ()");
   m.def("scalar_names() -> str");   // separated by spaces, in the order of the columns
   m.def("penalty_names() -> str");  // those that step_ knows
   m.def("cpu_builds() -> str");     // instruction sets that this processor can run, the best first

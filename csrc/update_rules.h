@@ -32,7 +32,7 @@ struct Variant {
 
 // The rules' numbers, in float64; each rule takes those it knows.
 struct RuleNumbers {
-  double sign;         // of the gradient: -1 to maximize
+  double unit;         // of the gradient: -1 to maximize, over the loss's scale
   double decay;        // weight decay that goes into the gradient
   double keep;         // factor of the weight before the update (decoupled decay)
   double lr;           // step size; for Adam, over the first moment's bias correction
@@ -47,11 +47,12 @@ struct RuleNumbers {
 inline namespace TL1_ISA {
 
 // `step` counts from 1 for a rule that counts, Adam; it is 0 for one that does not.
-inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, double step) {
+inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, double grad_scale,
+                                double step) {
   const bool adam = step > 0;
   const bool decoupled = adam && variant.decoupled;
   RuleNumbers n{};
-  n.sign = variant.maximize ? -1 : 1;
+  n.unit = (variant.maximize ? -1 : 1) / grad_scale;
   n.decay = decoupled ? 0 : s.weight_decay;
   n.keep = decoupled ? 1 - s.lr * s.weight_decay : 1;
   n.lr = adam ? s.lr / (1 - pow(s.beta1, step)) : s.lr;
@@ -84,8 +85,8 @@ template <class A>
 struct Sgd {
   static constexpr int STATES = 0;
   static constexpr bool COUNTS = false;
-  A lr, decay;  // lr times the gradient's sign, which leaves every rounding as it is
-  explicit TL1_INLINE Sgd(const RuleNumbers& n) : lr(A(n.sign * n.lr)), decay(A(n.sign * n.decay)) {}
+  A lr, decay;  // in the gradient's unit; a power of two leaves every rounding as it is
+  explicit TL1_INLINE Sgd(const RuleNumbers& n) : lr(A(n.unit * n.lr)), decay(A(n.decay / n.unit)) {}
   TL1_INLINE A operator()(A p, A g, A&, A&, A&) const {
     // Not (1 - lr * decay) * p: an infinite weight turns into torch's NaN.
     g = either(decay != 0, mul_add(decay, p, g), g);
@@ -98,12 +99,12 @@ template <class A>
 struct SgdMomentum {
   static constexpr int STATES = 1;
   static constexpr bool COUNTS = false;
-  A sign, decay, lr, momentum, gain, nesterov;
+  A unit, decay, lr, momentum, gain, nesterov;
   explicit TL1_INLINE SgdMomentum(const RuleNumbers& n)
-      : sign(A(n.sign)), decay(A(n.decay)), lr(A(n.lr)), momentum(A(n.momentum)),
+      : unit(A(n.unit)), decay(A(n.decay)), lr(A(n.lr)), momentum(A(n.momentum)),
         gain(A(n.gain)), nesterov(A(n.nesterov)) {}
   TL1_INLINE A operator()(A p, A g, A& buffer, A&, A&) const {
-    g = sign * g;
+    g = unit * g;
     g = either(decay != 0, mul_add(decay, p, g), g);
     buffer = mul_add(gain, g, momentum * buffer);
     return mul_add(-lr, either(nesterov != 0, mul_add(momentum, buffer, g), buffer), p);
@@ -115,12 +116,12 @@ template <class A, bool Amsgrad>
 struct AdamRule {
   static constexpr int STATES = Amsgrad ? 3 : 2;
   static constexpr bool COUNTS = true;
-  A sign, decay, keep, lr, beta1, rate1, beta2, rate2, inverse_root, eps;
+  A unit, decay, keep, lr, beta1, rate1, beta2, rate2, inverse_root, eps;
   explicit TL1_INLINE AdamRule(const RuleNumbers& n)
-      : sign(A(n.sign)), decay(A(n.decay)), keep(A(n.keep)), lr(A(n.lr)), beta1(A(n.beta1)), rate1(A(n.rate1)),
+      : unit(A(n.unit)), decay(A(n.decay)), keep(A(n.keep)), lr(A(n.lr)), beta1(A(n.beta1)), rate1(A(n.rate1)),
         beta2(A(n.beta2)), rate2(A(n.rate2)), inverse_root(A(n.inverse_root)), eps(A(n.eps)) {}
   TL1_INLINE A operator()(A p, A g, A& mean, A& square, A& largest) const {
-    g = sign * g;
+    g = unit * g;
     g = either(decay != 0, mul_add(decay, p, g), g);
     // torch.lerp's two forms: the other one would cancel a large old mean against itself.
     mean = either(rate1 < A(0.5), mul_add(rate1, g - mean, mean), mul_add(-beta1, g - mean, g));

@@ -137,3 +137,29 @@ def test_no_break_is_hidden_in_the_counters():
     optimizer = tk.ProxSGD([p], lr=0.5)
     torch.compile(lambda: optimizer.step(), backend="aot_eager")()
     assert not dynamo.counters["graph_break"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_what_the_graph_writes_before_and_after_the_step_counts(backend, each_backend):
+    if backend == "inductor" and each_backend == "triton":
+        pytest.skip("inductor compiles for the CPU; one compiler tells that the op is opaque")
+    results = []
+    for compiled in (False, True):
+        p = torch.ones(3, 3, requires_grad=True)
+        optimizer = tk.ProxSGD([p], lr=0.1, momentum=0.9)
+
+        def function(p=p, optimizer=optimizer):
+            with torch.no_grad():
+                p.mul_(0.5)
+            optimizer.step()
+            with torch.no_grad():
+                p.clamp_(-0.3, 0.3)
+            optimizer.step()
+
+        if compiled:
+            function = torch.compile(function, backend=backend, fullgraph=True)
+        for i in range(4):
+            p.grad = torch.full_like(p, i + 1.0)
+            function()
+        results.append(p.detach().clone())
+    torch.testing.assert_close(*results)

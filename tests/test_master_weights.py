@@ -178,3 +178,13 @@ def test_a_step_that_a_grad_scaler_skips_leaves_masters_alone(each_backend):
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
     assert_near(p.detach(), seen[2], rounding(each_backend, torch.bfloat16))
+
+
+def test_inference_tensors_which_count_no_writes():
+    with torch.inference_mode():
+        p = torch.ones(2, 2, dtype=torch.bfloat16)
+        optimizer = tk.ProxSGD([p], lr=1.0, master_weights=True)
+        for _ in range(4):
+            p.grad = torch.full_like(p, -0.25 * 2**-7)
+            optimizer.step()
+        assert optimizer.state[p]["master_param"].eq(1 + 2**-7).all()

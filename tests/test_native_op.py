@@ -28,6 +28,7 @@ def arguments(**changes):
         "maximize": False,
         "nesterov": False,
         "decoupled": False,
+        "grad_scale": 1.0,
         "copies": [],
     }
     return {**given, **changes}
@@ -102,7 +103,7 @@ def test_opcheck(rule):
 
 def test_in_a_compiled_function_without_a_graph_break():
     def function(p, g, views, scalars):
-        OPS.step_([p], [g], [], views, scalars, "sgd", "tl1", False, False, False, [])
+        OPS.step_([p], [g], [], views, scalars, "sgd", "tl1", False, False, False, 1.0, [])
         return p * 2
 
     given = arguments()

@@ -445,3 +445,32 @@ def test_autograd_knows_what_a_step_has_written(ours, torchs):
             assert all(t._version > v for t, v in zip(tensors, before, strict=True))
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.backward()
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_the_scale_of_16_bit_gradients_is_taken_off_in_float32(masters):
+    """In float16, 1e-8 would be 0; in bfloat16, a third rounds."""
+    for dtype, gradient, scale, lr in (
+        (torch.float16, 1e-8, 65536.0, 1e4),
+        (torch.bfloat16, 1 / 3, 3.0, 1.0),
+    ):
+        p = torch.zeros(2, 2, dtype=dtype, requires_grad=True)
+        optimizer = tk.ProxSGD([p], lr=lr, fused=True, master_weights=masters)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        p.grad = torch.full((2, 2), gradient * scale).to(dtype)
+        want = -lr * p.grad.double() / scale
+        optimizer.step()
+        got = optimizer.state[p]["master_param"] if masters else p.detach()
+        torch.testing.assert_close(got.double(), want, rtol=1e-6 if masters else 2 ** (-7), atol=0)
+
+
+def test_a_skipped_step_before_there_is_a_buffer_is_no_first_step():
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, momentum=0.9, dampening=0.5, fused=True)
+    optimizer.state[p] = {"momentum_buffer": None}  # as in torch's own checkpoints
+    optimizer.grad_scale = torch.tensor(1.0)
+    for found_inf in (1.0, 0.0):
+        optimizer.found_inf = torch.tensor(found_inf)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.full((2, 2), 0.9))

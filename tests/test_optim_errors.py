@@ -139,3 +139,48 @@ def test_bad_parameters_are_refused_at_construction(p, error, message):
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="lambda_"):
         tk.ProxSGD([torch.ones(2, 2, requires_grad=True)], lambda_=0.1)
+
+
+def test_gradients_and_state_that_do_not_fit_change_nothing():
+    """Not even the good tensors of another dtype, which a batch of their own would take."""
+    good = torch.ones(2, 2, requires_grad=True)
+    bad = torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+    optimizer = tk.ProxAdam([good, bad], lr=0.1, lam=0.1)
+
+    def refused(error, message):
+        before = [good.detach().clone(), bad.detach().clone()]
+        with pytest.raises(error, match=message):
+            optimizer.step()
+        assert all(map(torch.equal, (good, bad), before))
+
+    good.grad, bad.grad = torch.ones(2, 2), torch.ones(2, 2).double()
+    bad.data = torch.ones(3, 2).double()
+    refused(ValueError, r"grad must have the shape \(3, 2\) of its parameter, got \(2, 2\)")
+    assert not optimizer.state
+    bad.data = torch.ones(2, 2).double()
+    for name, value, error, message in (
+        ("exp_avg", torch.zeros(3, 3), ValueError, r"'exp_avg' must be floats of shape \(2, 2\)"),
+        ("exp_avg", "x", TypeError, "state 'exp_avg' must be a tensor, got str"),
+        ("step", 3, TypeError, "state 'step' must be a tensor, got int"),
+        ("step", torch.ones(2), ValueError, r"state 'step' must be one float, .*\(2,\)"),
+    ):
+        optimizer.state[bad][name] = value
+        refused(error, message)
+        assert good not in optimizer.state
+        del optimizer.state[bad]
+    optimizer.step()
+    optimizer.state[bad]["exp_avg"] = torch.zeros(3, 3)
+    refused(ValueError, r"'exp_avg' must be floats of shape \(2, 2\)")
+    assert optimizer.state[good]["step"] == 1
+
+
+def test_a_refusal_leaves_no_empty_state():
+    p = torch.ones(2, 2, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1, master_weights=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state.clear()
+    optimizer.param_groups[0]["lam"] = -1
+    with pytest.raises(ValueError, match="lam must be"):
+        optimizer.step()
+    assert not optimizer.state

@@ -136,3 +136,31 @@ def test_an_optimizer_without_the_option_is_refused():
     theirs = torch.optim.SGD([torch.ones(2, requires_grad=True)])
     with pytest.raises(ValueError, match="lam of param group 0 must be a number, got no such"):
         tk.LamScheduler(theirs, steps=3)
+
+
+def test_groups_that_share_a_tensor_share_its_schedule():
+    lam, zero = torch.tensor(0.5), torch.tensor(0.0)
+    p, q, r, s = (torch.ones(2, 2, requires_grad=True) for _ in range(4))
+    groups = [{"params": [p]}, {"params": [q]}, {"params": [s], "lam": zero}]
+    optimizer = tk.ProxSGD(groups, lr=0.1, lam=lam)
+    scheduler = tk.LamScheduler(optimizer, "linear", steps=4, start=0.25)
+    seen = []
+    for i in range(6):
+        if i == 2:
+            optimizer.add_param_group({"params": [r]})
+        seen.append(lam.item())
+        optimizer.step()
+        scheduler.step()
+    assert seen == [0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5]
+    assert zero == 0
+    assert [group["initial_lam"] for group in optimizer.param_groups] == [0.5, 0.5, 0.0, 0.5]
+
+
+def test_bad_state_is_refused_and_leaves_the_scheduler_alone():
+    scheduler = tk.LamScheduler(optimizer_of(), "linear", steps=4)
+    with pytest.raises(ValueError, match=r"shape must be one of .*'bogus'"):
+        scheduler.load_state_dict({"shape": "bogus"})
+    assert scheduler.shape == "linear"
+    whole = optimizer_of(lam=torch.tensor(1))
+    with pytest.raises(ValueError, match=r"lam of param group 0 must be a float, got torch\.int64"):
+        tk.LamScheduler(whole, steps=3)

@@ -51,12 +51,19 @@ def _run(params: list[Tensor], grads: list[Tensor], places: list[int], number: i
         everyone += group["params"]
         of_groups.append([everyone[place] for place in here if place in given])
         grads_of_groups.append([given[place] for place in here if place in given])
+    # Where the compiler made copies, they have what the graph wrote before the step, and will be
+    # written back over the parameters.
+    copies = [
+        (copy, everyone[place])
+        for copy, place in zip(params, places, strict=True)
+        if copy.data_ptr() != everyone[place].data_ptr()
+    ]
     with torch.no_grad():
+        for copy, param in copies:
+            param.copy_(copy)
         optimizer._take_step(of_groups, grads_of_groups)
-        # Where the compiler made copies, it will write them back over the parameters.
-        for place, param in zip(places, params, strict=True):
-            if param.data_ptr() != everyone[place].data_ptr():
-                param.copy_(everyone[place])
+        for copy, param in copies:
+            copy.copy_(param)
 
 
 _OPS = torch_library.Library("tl1kernels", "FRAGMENT")

@@ -42,7 +42,8 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
         rounding: of bfloat16 parameters, "nearest" or "stochastic", which keeps on average what is
             too small a step for them; its random numbers are those of `torch.manual_seed`.
         master_weights: whether a 16-bit parameter follows a float32 master of it, which the step
-            updates: state `master_param`. What others write to the parameter is taken over.
+            updates: state `master_param`. What others write to the parameter is taken over, unless
+            they do so behind autograd's back, through `.data`.
 
     lr, lam, mu and a may change between steps. State is float32 or better, whatever the
     parameter's dtype, under torch's names: checkpoints go both ways. lr and lam may be tensors on
@@ -85,7 +86,7 @@ class _Proximal(torch.optim.Optimizer):
 
     _loading: tuple[dict[str, Any], list[dict[str, Any]]]
     _planned: _Planned | None = None  # of the last step
-    _versions: dict[Tensor, int]  # of parameters that have masters, after the last step
+    _versions: dict[Tensor, int | None]  # of parameters that have masters, after the last step
     _key: int  # by which a compiled step finds this optimizer
 
     def __init__(
@@ -198,9 +199,6 @@ class _Proximal(torch.optim.Optimizer):
     def _take_step(self, params: list[list[Tensor]], grads: list[list[Tensor]]) -> None:
         """Take a step on some parameters of each param group, with these gradients."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # a GradScaler's
-        first = found_inf is not None and any(p not in self.state for ps in params for p in ps)
-        if first and found_inf is not None and found_inf.item():
-            return  # a first step that is skipped leaves no state: the next one is the first
         of_group = itemgetter(*self.defaults)
         options = [of_group(group) for group in self.param_groups]
         planned = self._planned
@@ -208,11 +206,13 @@ class _Proximal(torch.optim.Optimizer):
         # Whatever can be refused is refused before any state or weight is touched.
         if planned is None or not self._renew(planned, params, grads, options):
             planned = self._plan(params, grads, options)
+        starts = self._check_state(planned)
+        if starts and found_inf is not None and found_inf.item():
+            return  # a first step that is skipped leaves no state: the next one is the first
         only_now = self._attach_state(planned)
         planned.batches.execute(getattr(self, "grad_scale", None), found_inf)
-        for group in planned.groups:
-            if group.masters:
-                self._versions.update((param, param._version) for param in group.params)
+        followed = [param for group in planned.groups if group.masters for param in group.params]
+        self._versions = {param: _version(param) for param in followed}
         self._planned = None if only_now else planned
 
     def _plan(
@@ -261,7 +261,7 @@ class _Proximal(torch.optim.Optimizer):
         ):
             if there.masters:
                 pairs = zip(there.params, there.entries, strict=True)
-                if any(e.copy is p and self.state[p].get(_MASTER) is not e.param for p, e in pairs):
+                if any(e.copy is p and self._master_of(p) is not e.param for p, e in pairs):
                     return False
             if _equal(planned.options[i], new):
                 continue
@@ -277,6 +277,22 @@ class _Proximal(torch.optim.Optimizer):
             planned.batches.forget_numbers()
         return True
 
+    def _check_state(self, planned: _Planned) -> bool:
+        """Raise if there is state that does not fit; return whether some is missing altogether."""
+        missing = False
+        for group in planned.groups:
+            names = (*group.rule.state, *group.rule.counters)
+            if not names or group.kinds is not None:  # it is looked at again if that has changed
+                continue
+            for param in group.params:
+                state = self.state.get(param, {})
+                for name in names:
+                    value = state.get(name)
+                    missing = missing or value is None
+                    if value is not None:
+                        _check_state(name, value, param, name in group.rule.counters)
+        return missing
+
     def _attach_state(self, planned: _Planned) -> bool:
         """Give each entry its state; return whether scalars of it are for this step alone."""
         only_now = False
@@ -290,6 +306,9 @@ class _Proximal(torch.optim.Optimizer):
                 if group.masters:
                     self._follow(group)
                 continue
+            if group.kinds is not None:  # replaced since then
+                group.kinds = None
+                self._check_state(planned)
             for param, entry in zip(group.params, group.entries, strict=True):
                 first = self._start(param, group.rule) if names else {}
                 of_param = self.state[param]
@@ -318,14 +337,21 @@ class _Proximal(torch.optim.Optimizer):
 
     def _master(self, param: Tensor) -> Tensor:
         """Return the float32 master of a 16-bit parameter, new if the state has none for it."""
-        master = self.state[param].get(_MASTER) if param in self.state else None
-        wide = param if master is None else master
-        return laid_out_like(param, wide.to(torch.float32))
+        master = self._master_of(param)
+        if master is not None:
+            _check_state(_MASTER, master, param)
+        return laid_out_like(param, (param if master is None else master).to(torch.float32))
+
+    def _master_of(self, param: Tensor) -> Any:
+        return self.state[param].get(_MASTER) if param in self.state else None
 
     def _follow(self, group: _PlannedGroup) -> None:
         """Let masters follow parameters that something else than a step has written to."""
         for entry in group.entries:
-            if entry.copy is not None and entry.copy._version != self._versions.get(entry.copy):
+            if entry.copy is None:
+                continue
+            version = _version(entry.copy)
+            if version is None or version != self._versions.get(entry.copy):
                 master = entry.param
                 theirs = master.to(entry.copy.dtype) != entry.copy
                 master.copy_(torch.where(theirs, entry.copy.to(master.dtype), master))
@@ -431,9 +457,28 @@ def _check_group(
     for param in params or ():
         plan.check_tensor("params", param)
         view_of(param, reg.group_by if param.ndim >= min_ndim else None)
-    for grad in grads or ():
+    for param, grad in zip(params or (), grads or (), strict=False):
         plan.check_tensor("grad", grad)
+        if grad.shape != param.shape:
+            wanted, got = tuple(param.shape), tuple(grad.shape)
+            raise ValueError(f"grad must have the shape {wanted} of its parameter, got {got}")
     return reg
+
+
+def _check_state(name: str, value: Any, param: Tensor, counter: bool = False) -> None:
+    """Raise unless `value` is fit to be state `name` of a parameter."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"state {name!r} must be a tensor, got {type(value).__name__}")
+    fits = value.numel() == 1 if counter else value.shape == param.shape
+    if not fits or not value.is_floating_point():
+        allowed = "one float" if counter else f"floats of shape {tuple(param.shape)}"
+        got = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise ValueError(f"state {name!r} must be {allowed}, got {got}")
+
+
+def _version(param: Tensor) -> int | None:
+    """Return how often autograd has seen the tensor written to; None where it does not look."""
+    return None if param.is_inference() else param._version
 
 
 def _structure(group: dict[str, Any]) -> tuple[Any, ...]:

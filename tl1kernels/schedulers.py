@@ -26,8 +26,9 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
     Call `step` after the optimizer's, once a batch or once an epoch, as with torch's schedulers; lr
     stays what it is, and a scheduler of lr may stand beside it. A tensor is written in place. As
     with lr, the scheduler is made before a checkpoint of the optimizer is loaded. The group's own
-    value waits in the group as `initial_lam` (`initial_mu`, `initial_a`), and a group that is added
-    later joins in. A group with lam = 0 stays unregularized.
+    value waits in the group as `initial_lam` (`initial_mu`, `initial_a`), which a later scheduler
+    leads to as well: change it there. A group that is added later joins in; one with lam = 0 stays
+    unregularized.
 
     Args:
         optimizer: one of this package's.
@@ -66,9 +67,12 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
         except ValueError as error:
             raise ValueError(f"start={start} is no value of {option}: {error}") from None
         for i, group in enumerate(getattr(optimizer, "param_groups", ())):
-            if group.get(option) is None:
+            value = group.get(option)
+            if value is None:
                 got = "None" if option in group else "no such option"
                 raise ValueError(f"{option} of param group {i} must be a number, got {got}")
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                raise ValueError(f"{option} of param group {i} must be a float, got {value.dtype}")
         self.shape, self.option = shape, option
         self.steps, self.start, self.delay = steps, start, delay
         super().__init__(optimizer, last_epoch)
@@ -88,20 +92,33 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the scheduler's state, and set the option to what it was."""
+        if state_dict.get("shape", self.shape) not in SHAPES:
+            raise ValueError(f"shape must be one of {tuple(SHAPES)}, got {state_dict['shape']!r}")
         super().load_state_dict(state_dict)
         self._apply()
 
     def _apply(self) -> None:
         share = min(max((self.last_epoch - self.delay) / self.steps, 0.0), 1.0)
         way = SHAPES[self.shape](share)
-        for group in self.optimizer.param_groups:
-            present = group[self.option]
-            own = present.clone() if isinstance(present, Tensor) else present
-            end = group.setdefault(f"initial_{self.option}", own)
-            if self.option == "lam" and not isinstance(end, Tensor) and end == 0:
+        ends = self._ends()
+        for group, end in zip(self.optimizer.param_groups, ends, strict=True):
+            if self.option == "lam" and end == 0:
                 continue
             value = end if way == 1 else self.start + (end - self.start) * way
-            if isinstance(present, Tensor):
-                present.copy_(torch.as_tensor(value))
+            if isinstance(group[self.option], Tensor):
+                group[self.option].fill_(value)
             else:
-                group[self.option] = float(value)
+                group[self.option] = value
+
+    def _ends(self) -> list[float]:
+        """Return each group's own value, before any is written: groups may share a tensor."""
+        name, shared = f"initial_{self.option}", {}
+        for group in self.optimizer.param_groups:
+            if name in group:
+                shared[id(group[self.option])] = group[name]
+        for group in self.optimizer.param_groups:
+            present = group[self.option]
+            if name not in group:
+                is_shared = isinstance(present, Tensor) and id(present) in shared
+                group[name] = shared[id(present)] if is_shared else float(present)
+        return [group[name] for group in self.optimizer.param_groups]

@@ -92,8 +92,6 @@ def run(batch: Batch) -> None:
         batch.numbers["scalars"] = scalar_table(batch, _scalar_names())
     tables, rule = batch.tables, batch.rule
     grads = gradients(batch)
-    if batch.grad_scale is not None:
-        grads = [grad / batch.grad_scale for grad in grads]
     torch.ops.tl1kernels.step_(
         tables["params"],
         grads,
@@ -105,6 +103,7 @@ def run(batch: Batch) -> None:
         getattr(rule, "maximize", False),
         getattr(rule, "nesterov", False),
         getattr(rule, "decoupled", False),
+        1.0 if batch.grad_scale is None else batch.grad_scale.item(),
         tables["copies"],
     )
     # An op of the stable ABI does not say what it wrote to; autograd must know.
