@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -186,15 +187,14 @@ def scalar_table(batch: Batch, names: Sequence[str]) -> Tensor:
         distinct = {id(entry.numbers): entry.numbers for entry in batch.entries}
         order = {key: i for i, key in enumerate(distinct)}
         batch.tables["distinct"] = list(distinct.values())
-        places = [order[id(entry.numbers)] for entry in batch.entries]
-        batch.tables["places"] = torch.tensor(places, dtype=torch.int64, device="cpu")
+        batch.tables["places"] = np.array([order[id(e.numbers)] for e in batch.entries], np.intp)
     rows = []
     for numbers in batch.tables["distinct"]:
         values = {**numbers.scalars, **numbers.terms._asdict()}
         there = (values.get(name, 0.0) for name in names)
         rows.append([0.0 if isinstance(value, Tensor) else value for value in there])
-    table = torch.tensor(rows, dtype=torch.float64, device="cpu")
-    return table.index_select(0, batch.tables["places"])
+    # NumPy takes a quarter of the time that torch does for so little.
+    return torch.from_numpy(np.array(rows, np.float64)[batch.tables["places"]])
 
 
 def rule_name(rule: Rule) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -65,6 +65,8 @@ class _PlannedGroup:
 
     rule: Rule
     structure: tuple[Any, ...]  # the options that are no numbers
+    reg: Regularizer
+    regularizer: tuple[Any, ...]  # the options that it is of
     numbers: dict[GroupView | None, Numbers]  # by view; None for tensors that are spared
     entries: list[Entry]
     params: list[Tensor]
@@ -227,7 +229,10 @@ class _Proximal(torch.optim.Optimizer):
         for group, with_grad, theirs in zip(self.param_groups, params, grads, strict=True):
             reg = _check_group(group, with_grad, theirs)
             rule, scalars = self._rule(group)
-            there = _PlannedGroup(rule, _structure(group), {}, [], with_grad)
+            options_of_reg = _plain(_of_regularizer(group))
+            there = _PlannedGroup(
+                rule, _of_structure(group), reg, options_of_reg, {}, [], with_grad
+            )
             for param, grad in zip(with_grad, theirs, strict=True):
                 spared = param.ndim < group["min_ndim"]
                 view = view_of(param, None if spared else reg.group_by)
@@ -265,14 +270,18 @@ class _Proximal(torch.optim.Optimizer):
                     return False
             if _equal(planned.options[i], new):
                 continue
-            reg = _check_group(group)
             rule, scalars = self._rule(group)
-            if rule != there.rule or _structure(group) != there.structure:
+            if rule != there.rule or _of_structure(group) != there.structure:
                 return False
-            for view, numbers in there.numbers.items():
+            if not _equal(there.regularizer, _of_regularizer(group)):
+                there.reg, there.regularizer = _check_group(group), _plain(_of_regularizer(group))
+                for view, numbers in there.numbers.items():
+                    if view is not None:
+                        numbers.terms = there.reg.terms(view)
+            else:  # lr, most likely, which a scheduler changes in each step
+                there.reg.check_step("lr", scalars["lr"])
+            for numbers in there.numbers.values():
                 numbers.scalars = scalars
-                if view is not None:
-                    numbers.terms = reg.terms(view)
             planned.options[i] = _plain(new)
             planned.batches.forget_numbers()
         return True
@@ -481,10 +490,13 @@ def _version(param: Tensor) -> int | None:
     return None if param.is_inference() else param._version
 
 
-def _structure(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the options that choose batches and views, and are no numbers."""
-    names = ("penalty", "group_by", "min_ndim", "rounding", "master_weights")
-    return tuple(group[name] for name in names)
+_of_regularizer = itemgetter(*(field.name for field in fields(Regularizer)))
+
+
+# The options that choose batches and views, and are no numbers.
+_of_structure = itemgetter(
+    *("penalty", "group_by", "min_ndim", "rounding", "master_weights", "differentiable")
+)
 
 
 def _equal(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
