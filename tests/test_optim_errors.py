@@ -184,3 +184,29 @@ def test_a_refusal_leaves_no_empty_state():
     with pytest.raises(ValueError, match="lam must be"):
         optimizer.step()
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("name", ["lr", "lam", "mu", "a", "momentum"])
+def test_a_number_on_the_wrong_device_is_named_and_nothing_is_changed(name):
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1)
+    optimizer.param_groups[0][name] = torch.tensor(0.5, device="meta")
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=f"{name} must have a value, got .* device 'meta'"):
+        optimizer.step()
+    assert p.eq(1).all()
+    assert not optimizer.state
+
+
+def test_a_complex_gradient_is_refused_and_nothing_is_changed():
+    """Torch refuses to assign one, unless it is told not to look."""
+    p = torch.ones(2, 2, requires_grad=True)
+    p.grad_dtype = None
+    p.grad = torch.ones(2, 2, dtype=torch.complex64)
+    optimizer = tk.ProxSGD([p], lr=0.1, momentum=0.9)
+    with pytest.raises(
+        TypeError, match=r"grad must have one of the dtypes .*, got torch\.complex64"
+    ):
+        optimizer.step()
+    assert p.eq(1).all()
+    assert not optimizer.state

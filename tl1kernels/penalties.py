@@ -180,8 +180,11 @@ def number(name: str, value: Any) -> float:
 
     Raises:
         TypeError: naming the argument, for anything else.
+        ValueError: the tensor is on the device "meta".
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        if value.is_meta:
+            raise ValueError(f"{name} must have a value, got a tensor on the device 'meta'")
         return float(value)
     if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
