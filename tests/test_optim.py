@@ -144,6 +144,16 @@ def test_a_step_is_torchs_step_then_eq_22(ours, torchs, options, penalty, group_
     assert (p == 0).any() or penalty is None
 
 
+def test_a_float16_weight_that_rounds_to_zero_is_plus_zero():
+    p = torch.zeros(2, 2, dtype=torch.float16, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=1.0, momentum=1.0, lam=1e-12, group_by=None)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.state[p]["momentum_buffer"].fill_(2.5e-8)  # below half the least float16
+    optimizer.step()
+    assert p.view(torch.int16).eq(0).all()
+
+
 def test_training_leaves_plus_zeros():
     model = network()
     optimizer = tk.ProxAdam(model.parameters(), lr=0.01, lam=1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -18,6 +18,14 @@ from torch import Tensor
 
 from tl1kernels import compiled, plan
 from tl1kernels.batch import SGD, Adam, Entry, Numbers, Rule, state_dtype
+from tl1kernels.options import (
+    check_group,
+    check_state,
+    of_regularizer,
+    of_structure,
+    plain,
+    unchanged,
+)
 from tl1kernels.penalties import Regularizer, Terms, number, number_or_tensor
 from tl1kernels.views import GroupBy, GroupView, laid_out_like, view_of
 
@@ -131,7 +139,7 @@ class _Proximal(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group, group["params"])
+            check_group(group, group["params"])
         except BaseException:
             del self.param_groups[-1]
             raise
@@ -208,7 +216,7 @@ class _Proximal(torch.optim.Optimizer):
         # Whatever can be refused is refused before any state or weight is touched.
         if planned is None or not self._renew(planned, params, grads, options):
             planned = self._plan(params, grads, options)
-        starts = self._check_state(planned)
+        starts = self._lacks_state(planned)
         if starts and found_inf is not None and found_inf.item():
             return  # a first step that is skipped leaves no state: the next one is the first
         only_now = self._attach_state(planned)
@@ -227,12 +235,10 @@ class _Proximal(torch.optim.Optimizer):
         work: list[tuple[Rule, str | None, Entry, Tensor]] = []
         groups = []
         for group, with_grad, theirs in zip(self.param_groups, params, grads, strict=True):
-            reg = _check_group(group, with_grad, theirs)
+            reg = check_group(group, with_grad, theirs)
             rule, scalars = self._rule(group)
-            options_of_reg = _plain(_of_regularizer(group))
-            there = _PlannedGroup(
-                rule, _of_structure(group), reg, options_of_reg, {}, [], with_grad
-            )
+            options_of_reg = plain(of_regularizer(group))
+            there = _PlannedGroup(rule, of_structure(group), reg, options_of_reg, {}, [], with_grad)
             for param, grad in zip(with_grad, theirs, strict=True):
                 spared = param.ndim < group["min_ndim"]
                 view = view_of(param, None if spared else reg.group_by)
@@ -247,7 +253,7 @@ class _Proximal(torch.optim.Optimizer):
                 there.entries.append(entry)
                 work.append((rule, reg.penalty, entry, grad))
             groups.append(there)
-        return _Planned(plan.Plan(work), [_plain(values) for values in options], groups)
+        return _Planned(plan.Plan(work), [plain(values) for values in options], groups)
 
     def _renew(
         self,
@@ -268,13 +274,13 @@ class _Proximal(torch.optim.Optimizer):
                 pairs = zip(there.params, there.entries, strict=True)
                 if any(e.copy is p and self._master_of(p) is not e.param for p, e in pairs):
                     return False
-            if _equal(planned.options[i], new):
+            if unchanged(planned.options[i], new):
                 continue
             rule, scalars = self._rule(group)
-            if rule != there.rule or _of_structure(group) != there.structure:
+            if rule != there.rule or of_structure(group) != there.structure:
                 return False
-            if not _equal(there.regularizer, _of_regularizer(group)):
-                there.reg, there.regularizer = _check_group(group), _plain(_of_regularizer(group))
+            if not unchanged(there.regularizer, of_regularizer(group)):
+                there.reg, there.regularizer = check_group(group), plain(of_regularizer(group))
                 for view, numbers in there.numbers.items():
                     if view is not None:
                         numbers.terms = there.reg.terms(view)
@@ -282,11 +288,11 @@ class _Proximal(torch.optim.Optimizer):
                 there.reg.check_step("lr", scalars["lr"])
             for numbers in there.numbers.values():
                 numbers.scalars = scalars
-            planned.options[i] = _plain(new)
+            planned.options[i] = plain(new)
             planned.batches.forget_numbers()
         return True
 
-    def _check_state(self, planned: _Planned) -> bool:
+    def _lacks_state(self, planned: _Planned) -> bool:
         """Raise if there is state that does not fit; return whether some is missing altogether."""
         missing = False
         for group in planned.groups:
@@ -299,7 +305,7 @@ class _Proximal(torch.optim.Optimizer):
                     value = state.get(name)
                     missing = missing or value is None
                     if value is not None:
-                        _check_state(name, value, param, name in group.rule.counters)
+                        check_state(name, value, param, name in group.rule.counters)
         return missing
 
     def _attach_state(self, planned: _Planned) -> bool:
@@ -317,7 +323,7 @@ class _Proximal(torch.optim.Optimizer):
                 continue
             if group.kinds is not None:  # replaced since then
                 group.kinds = None
-                self._check_state(planned)
+                self._lacks_state(planned)
             for param, entry in zip(group.params, group.entries, strict=True):
                 first = self._start(param, group.rule) if names else {}
                 of_param = self.state[param]
@@ -348,7 +354,7 @@ class _Proximal(torch.optim.Optimizer):
         """Return the float32 master of a 16-bit parameter, new if the state has none for it."""
         master = self._master_of(param)
         if master is not None:
-            _check_state(_MASTER, master, param)
+            check_state(_MASTER, master, param)
         return laid_out_like(param, (param if master is None else master).to(torch.float32))
 
     def _master_of(self, param: Tensor) -> Any:
@@ -443,95 +449,9 @@ class ProxAdamW(ProxAdam, torch.optim.AdamW):  # noqa: D101 (_described writes i
     pass
 
 
-def _check_group(
-    group: dict[str, Any],
-    params: list[Tensor] | None = None,
-    grads: list[Tensor] | None = None,
-) -> Regularizer:
-    """Check a param group's options, and tensors if they are given; return its regularizer."""
-    if group.get("differentiable"):
-        raise ValueError(f"differentiable must be False, got {group['differentiable']!r}")
-    min_ndim = group["min_ndim"]
-    if not isinstance(min_ndim, int) or isinstance(min_ndim, bool) or min_ndim < 0:
-        raise ValueError(f"min_ndim must be an int >= 0, got {min_ndim!r}")
-    rounding, masters = group["rounding"], group["master_weights"]
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
-    if not isinstance(masters, bool):
-        raise ValueError(f"master_weights must be True or False, got {masters!r}")
-    if masters and rounding != "nearest":
-        raise ValueError(f"rounding must be 'nearest' with master_weights=True, got {rounding!r}")
-    reg = Regularizer.of(group)
-    reg.check_step("lr", number_or_tensor("lr", group["lr"]))
-    for param in params or ():
-        plan.check_tensor("params", param)
-        view_of(param, reg.group_by if param.ndim >= min_ndim else None)
-    for param, grad in zip(params or (), grads or (), strict=False):
-        plan.check_tensor("grad", grad)
-        if grad.shape != param.shape:
-            wanted, got = tuple(param.shape), tuple(grad.shape)
-            raise ValueError(f"grad must have the shape {wanted} of its parameter, got {got}")
-    return reg
-
-
-def _check_state(name: str, value: Any, param: Tensor, counter: bool = False) -> None:
-    """Raise unless `value` is fit to be state `name` of a parameter."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"state {name!r} must be a tensor, got {type(value).__name__}")
-    fits = value.numel() == 1 if counter else value.shape == param.shape
-    if not fits or not value.is_floating_point():
-        allowed = "one float" if counter else f"floats of shape {tuple(param.shape)}"
-        got = f"{value.dtype} of shape {tuple(value.shape)}"
-        raise ValueError(f"state {name!r} must be {allowed}, got {got}")
-
-
 def _version(param: Tensor) -> int | None:
     """Return how often autograd has seen the tensor written to; None where it does not look."""
     return None if param.is_inference() else param._version
-
-
-_of_regularizer = itemgetter(*(field.name for field in fields(Regularizer)))
-
-
-# The options that choose batches and views, and are no numbers.
-_of_structure = itemgetter(
-    *("penalty", "group_by", "min_ndim", "rounding", "master_weights", "differentiable")
-)
-
-
-def _equal(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
-    """Return whether options are what they were, given as `_plain` and as they are."""
-    try:
-        return old == new
-    except RuntimeError:  # a tensor of several elements, which _check_group will name
-        return False
-
-
-class _Itself:
-    """Equal to one tensor, and to nothing else."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def __eq__(self, other: object) -> bool:
-        return other is self._tensor
-
-
-_PLAIN = {int, float, bool, str, type(None)}
-
-
-def _plain(option: Any) -> Any:
-    """Return an option as something that compares by value: a tensor may change in place.
-
-    One on a device is not read: whoever uses it looks at its value anew.
-    """
-    if type(option) in _PLAIN:
-        return option
-    if isinstance(option, Tensor) and option.device.type not in ("cpu", "meta"):
-        return _Itself(option)
-    if isinstance(option, Tensor):
-        return option.item() if option.numel() == 1 else option
-    return tuple(map(_plain, option)) if isinstance(option, (tuple, list)) else option
 
 
 def _rate_and_decay(group: dict[str, Any]) -> dict[str, float | Tensor]:

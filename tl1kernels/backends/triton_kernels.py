@@ -1,11 +1,11 @@
 """The Triton kernels: update rule, threshold and group shrinkage while a tile is in registers.
 
-Read it from the top: coefficients; what all tiles do; tiles that hold their groups, and their
-kernel; tiles that do not, and theirs. The maths is in `triton_math.py`. Which tile serves which
-view is decided, and tabulated, in `triton_schedule.py`.
+Read it from the top: what all tiles do; tiles that hold their groups, and their kernel; tiles that
+do not, and theirs. The maths is in `triton_math.py`. Which tile serves which view is decided, and
+tabulated, in `triton_schedule.py`.
 
-Whatever a scheduler may change is a number in memory, never a constant of a kernel. A small kernel
-first turns every tensor's numbers into coefficients, in float64; the others read those. Update
+Whatever a scheduler may change is a number in memory, never a constant of a kernel. The kernel of
+`triton_prepare.py` first makes coefficients of every tensor's numbers; these read them. Update
 rules and penalties are functions passed as constants: a kernel is compiled for one of each, one
 storage type `T`, one arithmetic type `A` (that of the state).
 """
@@ -17,144 +17,28 @@ import triton
 import triton.language as tl
 
 from tl1kernels.backends.triton_math import (
-    BETA1,
-    BETA2,
-    C_BETA1,
-    C_BETA2,
     C_CUT,
-    C_DECAY,
-    C_EPS,
-    C_GAIN,
-    C_INVERSE_ROOT,
-    C_KEEP,
-    C_LR,
-    C_MOMENTUM,
-    C_NESTEROV,
     C_NORM_UNIT,
-    C_RATE1,
-    C_RATE2,
     C_THRESHOLD,
-    C_UNIT,
     C_ZERO,
     COPY,
-    COUNTER,
-    DAMPENING,
-    ELEMENTWISE,
-    EPS,
     FACTORS,
     GRAD,
-    GROUP,
     GROUPS,
     INNER,
     ITEM,
-    LAM_THERE,
-    LR,
-    LR_THERE,
-    MOMENTUM,
     N_COEFFICIENTS,
-    N_SCALARS,
     OUTER,
     PARAM,
     PARTIALS,
     PIECES,
-    SHAPE,
     STATE,
-    STEP,
     TABLE,
     TEAMS,
-    WEIGHT_DECAY,
-    round_down,
 )
+from tl1kernels.backends.triton_prepare import prepare_kernel
 
-# --- Coefficients.
-
-
-@triton.jit
-def _power(base, n):
-    """base^n for whole n >= 0."""
-    power = 1 + 0 * base
-    n = n.to(tl.int64)
-    while tl.max(n) > 0:
-        power = tl.where(n & 1 == 1, power * base, power)
-        base = base * base
-        n = n >> 1
-    return power
-
-
-@triton.jit
-def _there(column, otherwise, mask):
-    """The numbers on the device whose addresses are in a column of the table, where it has one."""
-    address = tl.load(column, mask=mask, other=0)
-    on_device = address != 0
-    number = tl.load(address.to(tl.pointer_type(tl.float32)), mask=on_device, other=0.0)
-    return tl.where(on_device, number.to(tl.float64), otherwise)
-
-
-@triton.jit(do_not_specialize=["n", "n_sync", "maximize", "nesterov", "decoupled"])
-def prepare_kernel(
-    table, scalars, coefficients, sync, n, n_sync, grad_scale, found_inf, maximize, nesterov,
-    decoupled, Prepare: tl.constexpr, ADAM: tl.constexpr, COUNTERS: tl.constexpr, A: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Coefficients of every tensor; and `sync`, of n_sync, begins at 0.
-
-    A program takes BLOCK tensors. With COUNTERS Adam's step counts lie on the device, and are
-    counted up; else they are in the scalars.
-    """
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(sync + at, tl.zeros([BLOCK], tl.int32), mask=at < n_sync)
-    mask = at < tl.where(tl.load(found_inf) == 0, n, 0)
-    s = scalars + at.to(tl.int64) * N_SCALARS
-    c = coefficients + at.to(tl.int64) * N_COEFFICIENTS
-    row = table + at.to(tl.int64) * TABLE
-    lr = _there(row + LR_THERE, tl.load(s + LR, mask=mask, other=0.0), mask)
-    lam = _there(row + LAM_THERE, 1.0 + 0 * lr, mask)
-    decay = tl.load(s + WEIGHT_DECAY, mask=mask, other=0.0)
-    beta1 = tl.load(s + BETA1, mask=mask, other=0.0)
-    beta2 = tl.load(s + BETA2, mask=mask, other=0.0)
-    elementwise = lam * tl.load(s + ELEMENTWISE, mask=mask, other=0.0)
-    group = lam * tl.load(s + GROUP, mask=mask, other=0.0)
-
-    unit = tl.where(maximize != 0, -1.0, 1.0) / tl.load(grad_scale).to(tl.float64)
-    tl.store(c + C_UNIT, (unit + 0 * lr).to(A), mask=mask)
-    apart = decoupled != 0
-    tl.store(c + C_DECAY, tl.where(apart, 0.0, decay).to(A), mask=mask)
-    tl.store(c + C_KEEP, tl.where(apart, 1 - lr * decay, 1.0).to(A), mask=mask)
-    momentum = tl.load(s + MOMENTUM, mask=mask, other=0.0)
-    dampening = tl.load(s + DAMPENING, mask=mask, other=0.0)
-    tl.store(c + C_MOMENTUM, momentum.to(A), mask=mask)
-    tl.store(c + C_GAIN, (1 - dampening).to(A), mask=mask)
-    tl.store(c + C_NESTEROV, (nesterov + 0 * lr).to(A), mask=mask)
-    size = lr
-    if ADAM:
-        if COUNTERS:
-            counter = tl.load(row + COUNTER, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-            step = tl.load(counter, mask=mask, other=0.0) + 1
-            tl.store(counter, step, mask=mask)
-        else:
-            step = tl.load(s + STEP, mask=mask, other=1.0)
-        size = lr / (1 - _power(beta1, step))
-        inverse_root = 1 / tl.sqrt(1 - _power(beta2, step))
-        tl.store(c + C_INVERSE_ROOT, inverse_root.to(A), mask=mask)
-        tl.store(c + C_BETA1, beta1.to(A), mask=mask)
-        tl.store(c + C_RATE1, (1 - beta1).to(A), mask=mask)
-        tl.store(c + C_BETA2, beta2.to(A), mask=mask)
-        tl.store(c + C_RATE2, (1 - beta2).to(A), mask=mask)
-        tl.store(c + C_EPS, tl.load(s + EPS, mask=mask, other=0.0).to(A), mask=mask)
-    tl.store(c + C_LR, size.to(A), mask=mask)
-
-    # Squares are summed in units of the threshold: where the sum over- or underflows, the factor is
-    # 1 or 0 as it should be.
-    threshold = lr * group
-    widest: tl.constexpr = 1e30 if A == tl.float32 else 1e300
-    norm_unit = tl.minimum(tl.maximum(1 / tl.maximum(threshold, 1e-300), 1 / widest), widest)
-    norm_unit = tl.where(group > 0, norm_unit, 0.0)
-    tl.store(c + C_THRESHOLD, (threshold * norm_unit).to(A), mask=mask)
-    tl.store(c + C_NORM_UNIT, norm_unit.to(A), mask=mask)
-    tl.store(c + C_ZERO, tl.where(elementwise + group > 0, 0.0, -0.0).to(A), mask=mask)
-    cut = Prepare(lr, elementwise, tl.load(s + SHAPE, mask=mask, other=1.0), c, mask, A)
-    tl.store(c + C_CUT, round_down(tl.where(elementwise > 0, cut, -1.0), A), mask=mask)
-
+__all__ = ["prepare_kernel", "resident_kernel", "split_kernel"]
 
 # --- A tile: some of a tensor's weights, at `base + offsets`, from memory to t = the threshold of
 # the updated weight, and back when their factors are known.
@@ -239,6 +123,15 @@ def _shrink_factor(squares, c):
 
 
 @triton.jit
+def _rounded(w, c, T: tl.constexpr):
+    """The weights as they are stored. In float16 small ones become zeros, which have no sign."""
+    if T == tl.float16:
+        return (w.to(T).to(tl.float32) + tl.load(c + C_ZERO)).to(T)
+    else:
+        return w.to(T)
+
+
+@triton.jit
 def _write(
     row, c, stream, base, offsets, mask, w, T: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr
 ):
@@ -254,9 +147,9 @@ def _write(
         bits = (w.to(tl.int32, bitcast=True) + random) & -65536
         finite = tl.abs(w) < float("inf")
         w = tl.where(finite, bits, w.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    tl.store(address, w.to(T), mask=mask)
+    tl.store(address, _rounded(w, c, T), mask=mask)
     if G != T:
-        tl.store(_at(row, COPY, G, base, ALIGNED) + offsets, w.to(G), mask=mask)
+        tl.store(_at(row, COPY, G, base, ALIGNED) + offsets, _rounded(w, c, G), mask=mask)
 
 
 # --- Groups that a tile holds, and no groups.
