@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tl1kernels.backends import triton_kernels as kernels
-from tl1kernels.backends import triton_launch, triton_math, triton_schedule
+from tl1kernels.backends import triton_launch, triton_math, triton_penalties, triton_schedule
 from tl1kernels.batch import state_dtype
 
 H200 = GPUTarget("cuda", 90, 32)
@@ -82,7 +82,7 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=F
         "Advance": advance,
         "Apply": apply,
         "STATES": STATES[rule],
-        "Prox": triton_math.PENALTIES[penalty][1],
+        "Prox": triton_penalties.PENALTIES[penalty][1],
         "T": _named(dtype),
         "G": _named(copies or dtype),
         "A": _named(state_dtype(dtype)),
@@ -99,7 +99,7 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=F
 def compiled_prepare(rule, penalty, dtype, counters=False, target=H200):
     """Compile the kernel of the coefficients; return Triton's compiled kernel."""
     constants = {
-        "Prepare": triton_math.PENALTIES[penalty][0],
+        "Prepare": triton_penalties.PENALTIES[penalty][0],
         "ADAM": rule.startswith("adam"),
         "COUNTERS": counters,
         "A": _named(state_dtype(dtype)),

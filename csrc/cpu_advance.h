@@ -212,7 +212,7 @@ struct NoPenalty {
   }
 };
 
-#define TL1_ADVANCE(name, Penalty) advance<Rule, Penalty, P>,
+#define TL1_ADVANCE(name, prepare, Penalty) advance<Rule, Penalty, P>,
 template <template <class> class Rule, class P>
 constexpr Advance<P> BY_PENALTY[] = {advance<Rule, NoPenalty, P>, TL1_PENALTIES(TL1_ADVANCE)};
 

@@ -74,7 +74,7 @@ const Build& chosen_build() {
                   asked, "'");
 }
 
-#define TL1_NAME(name, Struct) name,
+#define TL1_NAME(name, ...) name,
 constexpr const char* RULE_NAMES[] = {TL1_RULES(TL1_NAME)};
 constexpr const char* PENALTY_NAMES[] = {TL1_PENALTIES(TL1_NAME)};
 
@@ -83,7 +83,7 @@ constexpr int RULE_STATES[] = {TL1_RULES(TL1_STATES)};
 #define TL1_COUNTS(name, Rule) Rule<float>::COUNTS,
 constexpr bool RULE_COUNTS[] = {TL1_RULES(TL1_COUNTS)};
 
-#define TL1_PREPARE(name, Penalty) Penalty<A>::prepare,
+#define TL1_PREPARE(name, prepare, Penalty) prepare<A>,
 template <class A>
 constexpr void (*PREPARE[])(double, double, double, Coefficients&) = {TL1_PENALTIES(TL1_PREPARE)};
 

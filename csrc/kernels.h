@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#include "prox_math.h"
+#include "penalties.h"
 #include "update_rules.h"
 
 namespace tl1 {

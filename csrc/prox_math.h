@@ -1,12 +1,14 @@
-// The proximal operators of single weights, for the CPU and CUDA: no trigonometry, safe in float32.
+// What the proximal operators of single weights (penalties.h) are made of, and the two that matter
+// most: l1's and transformed l1's. For the CPU and CUDA: no trigonometry, safe in float32.
 //
-// A penalty is a struct with
-//   prepare(step, weight, a, c)   once per tensor: fills the coefficients c, in float64
-//   Penalty(c)                    takes them, for every few weights, in the arithmetic type A
-//   cut                           |v| <= cut goes to 0; all other |v| go to
-//   with_prox(loop)               calls loop(f) where f(|v|) is the prox, >= 0, and f.dear says
-//                                 that it is worth a look whether any of a few weights needs it
-// and a row of TL1_PENALTIES. NaN is never <= cut, and f must pass it on.
+// A penalty is a function
+//   prepare_x<A>(step, weight, a, c)   once per tensor: fills the coefficients c, in float64
+// and a struct, which several penalties may share, with
+//   Struct(c)         takes them, for every few weights, in the arithmetic type A
+//   cut               |v| <= cut goes to 0; all other |v| go to
+//   with_prox(loop)   calls loop(f) where f(|v|) is the prox, >= 0, and f.dear says that it is
+//                     worth a look whether any of a few weights needs it
+// NaN is never <= cut, and f must pass it on.
 
 #pragma once
 
@@ -64,6 +66,9 @@ A round_down(double x) {
   return static_cast<double>(nearest) > x ? towards_zero(nearest) : nearest;
 }
 
+// What a number in two parts has in its second one; infinity - infinity would be NaN.
+inline double what_is_left(double x, double first) { return fmin(x - first, 3e38); }
+
 TL1_INLINE int32_t bits_of(float x) {
   int32_t bits;
   __builtin_memcpy(&bits, &x, 4);
@@ -117,13 +122,14 @@ TL1_INLINE Prox<true, F> dear(F f) { return {f}; }
 
 // l1: max(0, |v| - tau).
 template <class A>
-struct SoftThreshold {
-  static void prepare(double step, double weight, double, Coefficients& c) {
-    const double tau = step * weight;
-    c.cut = round_down<A>(tau);
-    c.x[0] = fmin(tau - c.cut, 3e38);  // infinity - infinity would be NaN
-  }
+void prepare_l1(double step, double weight, double, Coefficients& c) {
+  const double tau = step * weight;
+  c.cut = round_down<A>(tau);
+  c.x[0] = what_is_left(tau, c.cut);
+}
 
+template <class A>
+struct SoftThreshold {
   A cut, rest;  // tau, in two parts
 
   TL1_INLINE explicit SoftThreshold(const Coefficients& c) : cut(A(c.cut)), rest(A(c.x[0])) {}
@@ -142,7 +148,7 @@ struct SoftThreshold {
 //   gentle:   in q itself, where the threshold's q is at most 1/8 (tau below about a^2 / 50)
 //   gentlest: a shorter one, up to 1/64 (tau below about a^2 / 430)
 //   steep:    in 1 - sqrt(1 - q)
-// tl1_constants.py finds them again and says how good they are.
+// prox_constants.py finds them again and says how good they are.
 // P - 1 = q * polynomial(q), for q <= 1/64: relative error 1.5e-08
 struct Tl1Gentlest {
   static constexpr int TERMS = 2;
@@ -214,7 +220,7 @@ struct TransformedL1 {
     c.x[0] = fmin(fmax(a, 1e-100), 1e100);  // beyond that, TL1 is l0 or l1 to all digits
     c.x[1] = tau * c.x[0] * (c.x[0] + 1);
     c.x[2] = sizeof(A) == 4 ? float_way(continuous ? d : 1, a, tau, c) : WIDE;
-    c.x[3] = fmin(cut - c.cut, 3e38);  // infinity - infinity would be NaN
+    c.x[3] = what_is_left(cut, c.cut);
   }
 
   static constexpr double WIDE = 0, GENTLEST = 1, GENTLE = 2, STEEP = 3;
@@ -311,6 +317,11 @@ struct TransformedL1 {
   }
 };
 
+template <class A>
+void prepare_tl1(double step, double weight, double a, Coefficients& c) {
+  TransformedL1<A>::prepare(step, weight, a, c);
+}
+
 // max(0, 1 - threshold / norm), the group's factor in eq. 22, from the sum of squares. Both are in
 // units in which the threshold is near 1: where the sum over- or underflows the factor is 1 or 0.
 // `<=` first, so that a norm of 0 is never divided by, and a NaN stays NaN.
@@ -318,11 +329,6 @@ TL1_INLINE double shrink_factor(double sum_of_squares, double threshold) {
   const double norm = root(sum_of_squares);
   return norm <= threshold ? 0 : 1 - threshold / norm;
 }
-
-// The elementwise penalties by the name that the registry gives them (tl1kernels/penalties.py).
-#define TL1_PENALTIES(row) \
-  row("l1", SoftThreshold) \
-  row("tl1", TransformedL1)
 
 }  // namespace TL1_ISA
 }  // namespace tl1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tl1kernels as tk
-from tests.common import assert_near, rounding, variants
+from tests.common import allowed_shape, assert_near, rounding, variants
 from tl1kernels import oracles
 from tl1kernels.backends.reference import tl1_threshold
 from tl1kernels.plan import FLOAT_DTYPES as DTYPES
@@ -47,6 +47,33 @@ def test_tl1_is_within_4_ulp_and_dies_where_the_reference_does(kernels):
         error = (got.double() - want).abs() / ulp
         worst = max(worst, (error * (1 - q).sqrt()).max().item())
     assert 0 < worst <= 4
+
+
+@pytest.mark.parametrize("penalty", tk.PENALTIES)
+def test_every_penalty_is_within_4_ulp_and_dies_where_the_reference_does(kernels, penalty):
+    """Over the same range, close to every kink and far from it."""
+    generator = np.random.default_rng(0)
+    oracle = oracles.ORACLES[penalty]
+    condition = np.vectorize(oracle.condition, otypes=[float])
+    worst = 0.0
+    for _ in range(25):
+        step, lam = 10 ** generator.uniform(-5, 0, 2)
+        a = allowed_shape(penalty, 10 ** generator.uniform(-3, 6), step)
+        kinks = oracle.kinks(step, lam, a)
+        near = 1 + generator.choice([-1, 1], 300) * 10 ** generator.uniform(-7.5, 0, 300)
+        far = 10 ** generator.uniform(-3, 6, 100)
+        v = np.concatenate([kink * np.concatenate([near, far]) for kink in kinks])
+        x = torch.from_numpy(v).float()
+        options = {"lam": lam, "penalty": penalty, "a": a}
+        got = on(kernels, tk.prox, x, step, **options).double().numpy()
+        want = on("reference", tk.prox, x.double(), step, **options).numpy()
+        ulp, size = np.spacing(x.numpy()).astype(float), x.double().numpy()
+        at_a_kink = np.any([abs(size - kink) <= 4 * ulp for kink in kinks], axis=0)
+        assert (((got == 0) == (want == 0)) | at_a_kink).all(), options
+        error = abs(got - want) / ulp / condition(size, step, lam, a)
+        worst = max(worst, error[~at_a_kink].max())
+    assert worst <= 4
+    assert worst > 0 or penalty == "l0"
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -148,6 +175,7 @@ def test_no_norm_over_or_underflows(kernels, dtype):
 @pytest.mark.parametrize("penalty", tk.PENALTIES)
 def test_unusual_ranges(kernels, penalty, v, tau, a):
     x = torch.tensor([v, -v, 0.0])
+    a = allowed_shape(penalty, a, tau)
     got, want = (
         tk.prox(x, tau, penalty=penalty, a=a, backend=backend) for backend in (kernels, "reference")
     )
@@ -196,7 +224,8 @@ def test_two_dtypes_rules_and_penalties_in_one_optimizer(kernels):
     for group in groups:
         (p,) = group["params"]
         v = p.detach().double() - 0.1 * p.grad.double()
-        options = {"lam": 0.3, "penalty": group["penalty"], "group_by": "auto", "a": 1.0}
+        a = tk.PENALTIES[group["penalty"]].a if group["penalty"] else None
+        options = {"lam": 0.3, "penalty": group["penalty"], "group_by": "auto", "a": a or 1.0}
         mu = 0.0 if group["penalty"] is None else 0.5
         wanted.append(oracles.prox_as_published(v.numpy(), 0.1, mu=mu, **options))
     tk.ProxSGD(groups, lr=0.1).step()

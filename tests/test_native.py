@@ -124,11 +124,13 @@ def test_state_is_updated_once_on_every_path(build, name, kind):
         assert torch.equal(state, optimizers[1].state[q][key]), key
 
 
-def test_the_constants_are_what_their_script_finds():
+@pytest.mark.parametrize("header", ["prox_math.h", "penalties.h"])
+def test_the_constants_are_what_their_script_finds(header):
     csrc = Path(__file__).parents[1] / "csrc"
-    script = [sys.executable, "-B", str(csrc / "tl1_constants.py")]
+    script = [sys.executable, "-B", str(csrc / "prox_constants.py")]
+    script += ["--powers"] if header == "penalties.h" else []
     done = subprocess.run(script, check=True, capture_output=True, text=True)
-    assert done.stdout in (csrc / "prox_math.h").read_text()
+    assert done.stdout in (csrc / header).read_text()
 
 
 CUDA = """

@@ -15,6 +15,7 @@ import tl1kernels as tk
 from tests.common import (
     PAIRS,
     VARIANTS,
+    allowed_shape,
     assert_near,
     many_steps,
     network,
@@ -130,7 +131,8 @@ def test_signature_is_torchs_then_ours_by_keyword(ours, torchs):
 @pytest.mark.parametrize("group_by", [None, "out", "in", "layer"])
 def test_a_step_is_torchs_step_then_eq_22(ours, torchs, options, penalty, group_by):
     start, gradients = torch.randn(9, 5).double(), [torch.randn(9, 5).double() for _ in range(3)]
-    regularizer = {"lam": 5.0, "penalty": penalty, "a": 0.7, "mu": 0.4, "group_by": group_by}
+    regularizer = {"lam": 5.0, "penalty": penalty, "mu": 0.4, "group_by": group_by}
+    regularizer["a"] = allowed_shape(penalty, 0.7, 0.1)
     p, q = start.clone().requires_grad_(), start.clone().requires_grad_()
     mine, theirs = ours([p], lr=0.1, **options, **regularizer), torchs([q], lr=0.1, **options)
     for gradient in gradients:

@@ -9,7 +9,7 @@ from tl1kernels import backends
 BAD = [
     ({"lam": -0.5}, ValueError, "lam must be finite and >= 0, got -0.5"),
     ({"mu": 2.0}, ValueError, r"mu must be None or in \[0, 1\], got 2.0"),
-    ({"a": -1.0}, ValueError, "a must be finite and > 0, got -1.0"),
+    ({"a": -1.0}, ValueError, "a must be None or finite and > 0, got -1.0"),
     ({"penalty": "ridge"}, ValueError, "penalty must be None or one of .*'ridge'"),
     ({"group_by": "everything"}, ValueError, "group_by must be .*'everything'"),
     ({"group_by": 7}, ValueError, r"group_by=7 must be a dim in \[-2, 1\]"),

@@ -1,6 +1,7 @@
 """The proximal operators against their definition, other people's libraries and eq. 22."""
 
 import importlib.util
+import itertools
 import math
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from skglm.penalties import L0_5, L2_3, SCAD, LogSumPenalty, MCPenalty
 from skglm.penalties.block_separable import WeightedGroupL2, WeightedL1GroupL2
 
 import tl1kernels as tk
-from tests.common import rounding
+from tests.common import allowed_shape, rounding
 from tests.strategies import has_view, tensors
 from tl1kernels import oracles
 from tl1kernels.backends import asked_for, reference, triton_launch
@@ -27,13 +29,14 @@ def test_every_penalty_of_the_registry_is_everywhere():
     assert reference.PROX.keys() == {None, *tk.PENALTIES}
     assert oracles.ORACLES.keys() == tk.PENALTIES.keys()
     if importlib.util.find_spec("triton"):
-        assert triton_launch.maths().PENALTIES.keys() == {None, *tk.PENALTIES}
+        assert triton_launch.penalties().keys() == {None, *tk.PENALTIES}
 
 
 @pytest.mark.parametrize("name", tk.PENALTIES)
 def test_values_agree_with_the_oracle(name):
     w = torch.linspace(-3, 3, 61, dtype=torch.float64)
-    for a in (1e-3, 0.5, 1.0, 1e6):
+    for shape in (1e-3, 0.5, 1.0, 1e6):
+        a = allowed_shape(name, shape, 0.0)
         want = sum(float(oracles.ORACLES[name].value(x, 0.7, a)) for x in w.tolist())
         got = tk.penalty_value(w, lam=0.7, penalty=name, a=a).item()
         assert got == pytest.approx(want, rel=1e-13)
@@ -46,25 +49,26 @@ SHAPES = (1e-3, 0.1, 1.0, 37.0, 1e6)
 OFFSETS = (-1e-1, -1e-6, 1e-6, 1e-3, 1e-1, 1.0, 1e3)
 
 
-@pytest.mark.parametrize("name", tk.PENALTIES)
-@pytest.mark.parametrize("a", SHAPES)
-def test_prox_is_the_argmin_of_its_definition(name, a, each_backend):
-    """On both sides of every threshold: float64 within 1e-13 of |v|, float32 within ulps of |v|.
+SHAPED = [(name, a) for name, row in tk.PENALTIES.items() for a in SHAPES[: 5 if row.a else 1]]
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPED)
+def test_prox_is_the_argmin_of_its_definition(name, shape, each_backend):
+    """On both sides of every kink: float64 within 1e-13 of |v|, float32 within ulps of |v|.
 
     The reference rounds to float32 once, kernels compute in it: 1 ulp and 4.
     """
     once = each_backend == "reference"
     for lam in LAM:
-        oracle = oracles.ORACLES[name]
-        threshold = oracle.threshold(lam, a)
-        for offset in OFFSETS:
-            v = threshold * (1 + offset)
+        oracle, a = oracles.ORACLES[name], allowed_shape(name, shape, lam)
+        for kink, offset in itertools.product(oracle.kinks(lam, 1.0, a), OFFSETS):
+            v = kink * (1 + offset)
             for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2.0**-23)):
                 tolerance *= 1 if once or dtype == torch.float64 else 4
                 x = torch.tensor([-v], dtype=dtype)
                 got = tk.prox(x, lam, penalty=name, a=a)
                 want = float(oracles.prox_by_definition(x.item(), lam, 1.0, name, a))
-                magnified = oracle.condition(abs(x.item()), lam, a)
+                magnified = oracle.condition(abs(x.item()), lam, 1.0, a)
                 limit = tolerance * abs(x.item()) * magnified
                 assert abs(got.item() - want) <= limit, (name, a, lam, offset, dtype, got, want)
                 if once and dtype == torch.float32 and want != 0:
@@ -84,7 +88,7 @@ def test_tl1_either_side_of_the_change_from_continuous_to_jump(a):
             v = tl1_threshold(tau, a) * (1 + offset)
             got = tk.prox(torch.tensor([v], dtype=torch.float64), tau, a=a).item()
             want = float(oracles.prox_by_definition(v, tau, 1.0, "tl1", a))
-            limit = 1e-13 * v * oracles.ORACLES["tl1"].condition(v, tau, a)
+            limit = 1e-13 * v * oracles.ORACLES["tl1"].condition(v, tau, 1.0, a)
             assert abs(got - want) <= limit, (a, factor, offset, got, want)
 
 
@@ -142,6 +146,41 @@ def test_l1_agrees_with_pyproximal():
     np.testing.assert_array_equal(tk.prox(torch.from_numpy(v), 0.3, lam=0.7, penalty="l1"), want)
 
 
+# skglm 0.5 finds no threshold of the log penalty where the prox jumps: a = 1.6 is continuous.
+SKGLM = [
+    *(("scad", a, SCAD(0.7, a)) for a in (1.6, 5.0, 30.0)),
+    *(("mcp", a, MCPenalty(0.7, a)) for a in (0.6, 5.0, 30.0)),
+    *(("log", a, LogSumPenalty(0.7 / math.log1p(a), 1 / a)) for a in (0.1, 1.6)),
+    ("l_half", None, L0_5(0.7)),
+    ("l_two_thirds", None, L2_3(0.7)),
+]
+
+
+@pytest.mark.parametrize(("name", "a", "other"), SKGLM)
+def test_the_family_agrees_with_skglm(name, a, other):
+    v = np.random.default_rng(3).normal(scale=2, size=3000)
+    want = np.array([other.prox_1d(x, 0.5, 0) for x in v])
+    assert 100 < (want == 0).sum() < 2900
+    got = tk.prox(torch.from_numpy(v), 0.5, lam=0.7, penalty=name, a=a).numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-13)
+
+
+@pytest.mark.parametrize("a", [0.1, 1.6, 5.0, 30.0])
+def test_log_agrees_with_pyproximal(a):
+    v = np.random.default_rng(4).normal(scale=2, size=3000)
+    want = pyproximal.Log(sigma=0.7, gamma=a).prox(v, 0.5)
+    assert 100 < (want == 0).sum() < 2900
+    got = tk.prox(torch.from_numpy(v), 0.5, lam=0.7, penalty="log", a=a).numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-13)
+
+
+def test_l0_agrees_with_pyproximal():
+    """Whose L0 takes the threshold itself, not the weight."""
+    v = np.random.default_rng(4).normal(size=3000)
+    want = pyproximal.L0().prox(v, math.sqrt(2 * 0.3 * 0.7))
+    np.testing.assert_array_equal(tk.prox(torch.from_numpy(v), 0.3, lam=0.7, penalty="l0"), want)
+
+
 @pytest.mark.parametrize("mu", [0.0, 0.3, 0.8])
 @pytest.mark.parametrize("group_weight", [None, "sqrt"])
 def test_group_lasso_and_sparse_group_lasso_agree_with_skglm(mu, group_weight):
@@ -173,7 +212,7 @@ def test_prox_of_any_dense_tensor_is_eq_22(data, dtype):
     group_by = data.draw(st.sampled_from([*GROUPINGS, "auto"]))
     options = {
         "lam": data.draw(st.floats(0, 5)),
-        "a": data.draw(st.floats(0.1, 10)),
+        "a": allowed_shape(penalty, data.draw(st.floats(0.1, 10)), 0.3),
         "mu": data.draw(st.floats(0, 1)),
         "penalty": penalty,
         "group_by": group_by,
@@ -190,7 +229,7 @@ def test_prox_of_any_dense_tensor_is_eq_22(data, dtype):
     limit = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps * size
     if asked_for() != "reference" and penalty is not None:  # float32 arithmetic
         condition = np.vectorize(oracles.ORACLES[penalty].condition)
-        magnified = condition(size, 0.3 * options["lam"] * options["mu"], options["a"])
+        magnified = condition(size, 0.3, options["lam"] * options["mu"], options["a"])
         limit = limit + 6 * 2.0**-23 * size * magnified
     assert (np.abs(got.double().numpy() - want) <= limit + torch.finfo(dtype).tiny).all()
 
@@ -316,6 +355,7 @@ def test_penalty_value_is_the_sum_that_it_says(data):
     penalty = data.draw(st.sampled_from([None, *tk.PENALTIES]))
     group_by = data.draw(st.sampled_from(GROUPINGS))
     lam, mu, a = (data.draw(st.floats(0.1, 1)) for _ in range(3))
+    a = allowed_shape(penalty, a, 0.0)
     got = tk.penalty_value(w, lam=lam, penalty=penalty, a=a, mu=mu, group_by=group_by).item()
     want = 0.0
     if penalty is not None:
@@ -361,12 +401,13 @@ BAD = [
     ({"lam": -1.0}, ValueError, r"lam .* >= 0, got -1.0"),
     ({"lam": math.nan}, ValueError, r"lam .*finite.*nan"),
     ({"lam": "much"}, TypeError, r"lam must be a number.*'much'"),
-    ({"a": 0.0}, ValueError, r"a must be finite and > 0, got 0.0"),
-    ({"a": math.inf}, ValueError, r"a must be finite and > 0, got inf"),
+    ({"a": 0.0}, ValueError, r"a must be None or finite and > 0, got 0.0"),
+    ({"a": math.inf}, ValueError, r"a must be None or finite and > 0, got inf"),
+    ({"penalty": "scad", "a": 0.5}, ValueError, r"a=0.5: scad needs a > 1"),
     ({"mu": 1.5}, ValueError, r"mu must be None or in \[0, 1\], got 1.5"),
     ({"mu": -0.1}, ValueError, r"mu .*-0.1"),
     ({"mu": True}, TypeError, r"mu must be a number.*True"),
-    ({"penalty": "l7"}, ValueError, r"penalty must be None or one of 'tl1', 'l1', got 'l7'"),
+    ({"penalty": "l7"}, ValueError, r"penalty must be None or one of 'tl1', 'l1', .*, got 'l7'"),
     ({"group_by": "rows"}, ValueError, r"group_by must be .*'out'.*got 'rows'"),
     ({"group_by": 2}, ValueError, r"group_by=2 must be a dim in \[-2, 1\]"),
     ({"group_by": 0.5}, TypeError, r"group_by must be .*0.5"),

@@ -120,7 +120,10 @@ def test_a_checkpoint_resumes_to_the_bit():
         ({"steps": 0}, "steps must be an int >= 1, got 0"),
         ({"delay": -1}, "delay must be an int >= 0, got -1"),
         ({"start": -1.0}, r"start=-1.0 is no value of lam: lam must be finite and >= 0"),
-        ({"option": "a", "start": 0.0}, "start=0.0 is no value of a: a must be finite and > 0"),
+        (
+            {"option": "a", "start": 0.0},
+            "start=0.0 is no value of a: a must be None or finite and > 0",
+        ),
         ({"option": "mu"}, "mu of param group 0 must be a number, got None"),
     ],
 )

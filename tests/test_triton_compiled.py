@@ -115,9 +115,10 @@ def test_the_table_of_slots_prints(capsys):
     assert all(float(row[-4]) > 0 for row in rows)
 
 
-def test_the_polynomials_are_what_their_script_finds():
+@pytest.mark.parametrize("which", ["--triton", "--triton-powers"])
+def test_the_polynomials_are_what_their_script_finds(which):
     root = Path(__file__).parents[1]
-    script = [sys.executable, "-B", str(root / "csrc" / "tl1_constants.py"), "--triton"]
+    script = [sys.executable, "-B", str(root / "csrc" / "prox_constants.py"), which]
     done = subprocess.run(script, check=True, capture_output=True, text=True)
-    kernels = root / "tl1kernels" / "backends" / "triton_math.py"
-    assert done.stdout.strip() in kernels.read_text()
+    penalties = root / "tl1kernels" / "backends" / "triton_penalties.py"
+    assert done.stdout.strip() in penalties.read_text()

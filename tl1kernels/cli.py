@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check a backend against independent oracles")
     verify.add_argument("--backend", help="name of a backend [the one that CPU tensors run on]")
     verify.add_argument("--seed", type=_count, help="of the random input [a fresh one, printed]")
+    verify.add_argument(
+        "--penalty", nargs="+", metavar="NAME", help="which to check, 'none' for groups alone [all]"
+    )
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verify.set_defaults(run=_verify)
 
@@ -110,7 +113,11 @@ def _verify(args: argparse.Namespace) -> int:
         from tl1kernels.verify import verify
     backend = args.backend or backends.asked_for() or backends.preferred("cpu")
     _require(backend)
-    report = verify(backend, args.seed)
+    penalties = args.penalty and [None if name == "none" else name for name in args.penalty]
+    try:
+        report = verify(backend, args.seed, penalties)
+    except ValueError as error:
+        raise UsageError(f"--penalty: {error}") from error
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0 if report.passed else 1
 

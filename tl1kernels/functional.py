@@ -22,7 +22,7 @@ def prox(
     *,
     lam: float | Tensor = 1.0,
     penalty: str | None = "tl1",
-    a: float | Tensor = 1.0,
+    a: float | Tensor | None = None,
     mu: float | Tensor | None = None,
     group_by: GroupBy = None,
     group_weight: str | None = None,
@@ -43,7 +43,8 @@ def prox(
         step: step size eta >= 0.
         lam: weight of the regularizer, >= 0.
         penalty: elementwise penalty rho, a name of `PENALTIES`, or None for groups alone.
-        a: shape of the penalty, > 0. For "tl1", a -> 0 tends to l0 and a -> inf to l1.
+        a: shape of the penalty, > 0. For "tl1", a -> 0 tends to l0 and a -> inf to l1. None: the
+            penalty's own (`PENALTIES`), 1 for "tl1". "scad" needs a > 1 + step, "mcp" a > step.
         mu: weight of the elementwise term, in [0, 1]; 1 - mu is the groups'. None: 1 without
             groups, 0 without a penalty, 1/2 with both.
         group_by: "out" (dim 0), "in" (dim 1), "in_spatial" (dims 1 and up), "filter_slice"
@@ -99,7 +100,7 @@ def penalty_value(
     *,
     lam: float | Tensor = 1.0,
     penalty: str | None = "tl1",
-    a: float | Tensor = 1.0,
+    a: float | Tensor | None = None,
     mu: float | Tensor | None = None,
     group_by: GroupBy = None,
     group_weight: str | None = None,

@@ -21,7 +21,7 @@ def param_groups(
     *,
     lam: float,
     penalty: str | None = "tl1",
-    a: float = 1.0,
+    a: float | None = None,
     group_by: GroupBy = "auto",
     mu: float | None = None,
     mu_min: float = 0.2,

@@ -40,7 +40,7 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
     Args:
         lam: weight of the regularizer, >= 0; 0 is torch's optimizer.
         penalty: elementwise penalty, a name of `PENALTIES`, or None for groups alone.
-        a: shape of the penalty, > 0.
+        a: shape of the penalty, > 0; None for the penalty's own.
         mu: weight of the elementwise term, in [0, 1]; 1 - mu is the groups'. None: 1 without
             groups, 0 without a penalty, 1/2 with both.
         group_by: which weights form a group, as in `prox`; None for no groups.
@@ -105,7 +105,7 @@ class _Proximal(torch.optim.Optimizer):
         *args: Any,
         lam: float | Tensor = 0.0,
         penalty: str | None = "tl1",
-        a: float | Tensor = 1.0,
+        a: float | Tensor | None = None,
         mu: float | Tensor | None = None,
         group_by: GroupBy = "auto",
         group_weight: str | None = None,
@@ -139,10 +139,11 @@ class _Proximal(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, group["params"])
+            reg = check_group(group, group["params"])
         except BaseException:
             del self.param_groups[-1]
             raise
+        group["a"] = reg.shape if group["a"] is None else group["a"]
         for name in ("lam", "a", "mu"):  # a NumPy scalar would keep a checkpoint from loading
             if group[name] is not None and not isinstance(group[name], Tensor):
                 group[name] = float(group[name])

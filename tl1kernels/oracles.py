@@ -7,8 +7,9 @@ loops over index tuples; update rules are torch.optim's. `verify` and the tests 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -25,15 +26,16 @@ class Oracle:
 
     Attributes:
         value: (w, weight, a) -> the weighted penalty of one weight.
-        published: (|v|, step, weight, a) -> |w|, the closed form; None to search instead.
-        threshold: (step * weight, a) -> about where |v| begins to live; where tests look closely.
-        condition: (|v|, step * weight, a) -> by how much rounding is magnified there, about.
+        published: (|v|, step, weight, a) -> |w|, the closed form.
+        kinks: (step, weight, a) -> about the |v| where the prox is not smooth, the first of them
+            where |v| begins to live: where tests look closely.
+        condition: (|v|, step, weight, a) -> by how much rounding is magnified there, about.
     """
 
     value: Callable[[mpf, mpf, mpf], mpf]
-    published: Callable[[mpf, mpf, mpf, mpf], mpf] | None = None
-    threshold: Callable[[float, float], float] = lambda tau, a: tau
-    condition: Callable[[float, float, float], float] = lambda v, tau, a: 1.0
+    published: Callable[[mpf, mpf, mpf, mpf], mpf]
+    kinks: Callable[[float, float, float], tuple[float, ...]]
+    condition: Callable[[float, float, float, float], float] = lambda v, step, weight, a: 1.0
 
 
 def _tl1_threshold(tau: mpf, a: mpf) -> mpf:
@@ -51,22 +53,163 @@ def _tl1_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
     return 2 * (a + v) * mpmath.cos(phi / 3) / 3 - 2 * a / 3 + v / 3
 
 
-def _tl1_condition(v: float, tau: float, a: float) -> float:
+def _tl1_condition(v: float, step: float, weight: float, a: float) -> float:
     """Return 1 / sqrt(1 - q), large at the cubic's double root; for q > 1 the prox is 0."""
-    q = 6.75 * tau * (a + 1) / (a + v) * a / (a + v) / (a + v)
+    q = 6.75 * step * weight * (a + 1) / (a + v) * a / (a + v) / (a + v)
     return 1.0 if q > 1 else 1 / math.sqrt(max(1 - q, 1e-30))
+
+
+def _scad(w: mpf, weight: mpf, a: mpf) -> mpf:
+    if abs(w) <= weight:
+        return weight * abs(w)
+    if abs(w) <= a * weight:
+        return (a * weight * abs(w) - (w**2 + weight**2) / 2) / (a - 1)
+    return weight**2 * (a + 1) / 2
+
+
+def _scad_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
+    """Fan & Li 2001, eq. 2.8, for any step size."""
+    if v <= weight * (1 + step):
+        return max(v - step * weight, mpf(0))
+    if v <= a * weight:
+        return ((a - 1) * v - step * a * weight) / (a - 1 - step)
+    return v
+
+
+def _scad_condition(v: float, step: float, weight: float, a: float) -> float:
+    return (a - 1) / (a - 1 - step) if weight * (1 + step) < v <= a * weight else 1.0
+
+
+def _mcp(w: mpf, weight: mpf, a: mpf) -> mpf:
+    return weight * abs(w) - w**2 / (2 * a) if abs(w) <= a * weight else a * weight**2 / 2
+
+
+def _mcp_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
+    """Zhang 2010; the firm shrinkage of Gao & Bruce 1997."""
+    if v <= a * weight:
+        return max(v - step * weight, mpf(0)) / (1 - step / a)
+    return v
+
+
+def _mcp_condition(v: float, step: float, weight: float, a: float) -> float:
+    return a / (a - step) if step * weight < v <= a * weight else 1.0
+
+
+def _capped_l1_kinks(step: float, weight: float, a: float) -> tuple[float, ...]:
+    tau = step * weight
+    return (math.sqrt(2 * tau * a),) if a < tau / 2 else (tau, a + tau / 2)
+
+
+def _capped_l1_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
+    """Gong et al. 2013 (GIST), table 1: the better of the two parts' own solutions."""
+    outside, inside = max(v, a), min(a, max(mpf(0), v - step * weight))
+    costs = [(w - v) ** 2 / 2 + step * weight * min(w, a) for w in (inside, outside)]
+    return inside if costs[0] <= costs[1] else outside
+
+
+def _log_roots(v: mpf, tau: mpf, a: mpf) -> tuple[mpf, mpf]:
+    """Return the larger stationary point, not below 0, and what is under its root."""
+    inside = (v + 1 / a) ** 2 - 4 * tau / mpmath.log1p(a)
+    if inside < 0:
+        return mpf(0), inside
+    return max((v - 1 / a + mpmath.sqrt(inside)) / 2, mpf(0)), inside
+
+
+def _log_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
+    """Gong et al. 2013, table 1: a root of the quadratic, if it is better than 0."""
+    w, _ = _log_roots(v, step * weight, a)
+    scale = step * weight / mpmath.log1p(a)
+    return w if (w - v) ** 2 / 2 + scale * mpmath.log1p(a * w) < v**2 / 2 else mpf(0)
+
+
+def _log_kinks(step: float, weight: float, a: float) -> tuple[float, ...]:
+    with mpmath.workdps(DIGITS):
+        tau, scale = mpf(step) * mpf(weight), mpf(step) * mpf(weight) / mpmath.log1p(a)
+        low, high = mpf(0), a * scale  # the slope at 0 keeps all beyond alive
+        if a * a * scale > 1:
+            low = 2 * mpmath.sqrt(scale) - mpf(1) / a
+            for _ in range(60):
+                middle = (low + high) / 2
+                alive = _log_published(middle, tau, mpf(1), mpf(a)) > 0
+                low, high = (low, middle) if alive else (middle, high)
+        return (float(high),)
+
+
+def _log_condition(v: float, step: float, weight: float, a: float) -> float:
+    _, inside = _log_roots(mpf(v), mpf(step) * mpf(weight), mpf(a))
+    return 1.0 if inside < 0 else float((v + 1 / mpf(a)) / mpmath.sqrt(max(inside, 1e-300)))
+
+
+def _l_half_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
+    """Xu et al. 2012, theorem 1, whose lambda is 2 step weight: no factor 1/2 at the square."""
+    scale = 2 * step * weight
+    if v <= mpmath.cbrt(54) / 4 * mpmath.cbrt(scale) ** 2:
+        return mpf(0)
+    phi = mpmath.acos(scale / 8 * (v / 3) ** mpf("-1.5"))
+    return 2 * v / 3 * (1 + mpmath.cos(2 * mpmath.pi / 3 - 2 * phi / 3))
+
+
+def _l_two_thirds_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
+    """Cao, Sun & Xu 2013, theorem 1, whose lambda is 2 step weight."""
+    scale = 2 * step * weight
+    if v <= mpf(2) / 3 * mpmath.root(3 * scale**3, 4):
+        return mpf(0)
+    if scale == 0:
+        return v
+    phi = mpmath.acosh(27 * v**2 / 16 * scale ** mpf("-1.5"))
+    length = 2 / mpmath.sqrt(3) * mpmath.root(scale, 4) * mpmath.sqrt(mpmath.cosh(phi / 3))
+    return ((length + mpmath.sqrt(2 * v / length - length**2)) / 2) ** 3
 
 
 ORACLES: dict[str, Oracle] = {
     "l1": Oracle(
         value=lambda w, weight, a: weight * abs(w),
         published=lambda v, step, weight, a: max(v - step * weight, mpf(0)),
+        kinks=lambda step, weight, a: (step * weight,),
     ),
     "tl1": Oracle(
         value=lambda w, weight, a: weight * (a + 1) * abs(w) / (a + abs(w)),
         published=_tl1_published,
-        threshold=lambda tau, a: float(_tl1_threshold(mpf(tau), mpf(a))),
+        kinks=lambda step, weight, a: (float(_tl1_threshold(mpf(step * weight), mpf(a))),),
         condition=_tl1_condition,
+    ),
+    "l0": Oracle(
+        value=lambda w, weight, a: weight if w else mpf(0),
+        published=lambda v, step, weight, a: v if v**2 > 2 * step * weight else mpf(0),
+        kinks=lambda step, weight, a: (math.sqrt(2 * step * weight),),
+    ),
+    "scad": Oracle(
+        value=_scad,
+        published=_scad_published,
+        kinks=lambda step, weight, a: (step * weight, weight * (1 + step), a * weight),
+        condition=_scad_condition,
+    ),
+    "mcp": Oracle(
+        value=_mcp,
+        published=_mcp_published,
+        kinks=lambda step, weight, a: (step * weight, a * weight),
+        condition=_mcp_condition,
+    ),
+    "log": Oracle(
+        value=lambda w, weight, a: weight * mpmath.log1p(a * abs(w)) / mpmath.log1p(a),
+        published=_log_published,
+        kinks=_log_kinks,
+        condition=_log_condition,
+    ),
+    "capped_l1": Oracle(
+        value=lambda w, weight, a: weight * min(abs(w), a),
+        published=_capped_l1_published,
+        kinks=_capped_l1_kinks,
+    ),
+    "l_half": Oracle(
+        value=lambda w, weight, a: weight * mpmath.sqrt(abs(w)),
+        published=_l_half_published,
+        kinks=lambda step, weight, a: (1.5 * (step * weight) ** (2 / 3),),
+    ),
+    "l_two_thirds": Oracle(
+        value=lambda w, weight, a: weight * mpmath.cbrt(abs(w)) ** 2,
+        published=_l_two_thirds_published,
+        kinks=lambda step, weight, a: (2 * (step * weight / 1.5) ** 0.75,),
     ),
 }
 """By name of the penalty; the tests hold it against the registry."""
@@ -75,9 +218,8 @@ ORACLES: dict[str, Oracle] = {
 def prox_by_definition(v: float, step: float, weight: float, penalty: str, a: float) -> mpf:
     """Return argmin over w of (w - v)^2 / 2 + step * penalty(w), to about 20 digits.
 
-    A dense search over [0, |v|] in float64, on a linear and a logarithmic grid, brackets the
-    local minima; golden-section search in 44 digits polishes each; the least value wins, 0 being
-    among the candidates.
+    A search on a grid over [0, |v|] brackets the local minima; golden-section search in 44 digits
+    polishes each; the least value wins, 0 being among the candidates.
     """
     value = ORACLES[penalty].value
     with mpmath.workdps(DIGITS):
@@ -88,7 +230,7 @@ def prox_by_definition(v: float, step: float, weight: float, penalty: str, a: fl
         def objective(w: mpf) -> mpf:
             return (w - size) ** 2 / 2 + eta * value(w, scale, shape)
 
-        grid = sorted({mpf(0), size, *_grid(size)})
+        grid = [size * share for share in _grid()]
         values = [objective(w) for w in grid]
         best, least = mpf(0), objective(mpf(0))
         for i in range(1, len(grid)):
@@ -100,12 +242,14 @@ def prox_by_definition(v: float, step: float, weight: float, penalty: str, a: fl
         return best if v > 0 else -best
 
 
-def _grid(size: mpf) -> Iterator[mpf]:
-    for i in range(1, 48):
-        yield size * i / 48
-    for exponent in range(6, 60, 2):
-        yield size * mpf(2) ** -exponent
-        yield size * (1 - mpf(2) ** -exponent)
+@cache
+def _grid() -> list[mpf]:
+    """Return shares of [0, 1], in steps of 1/48 and, near both ends, of half powers of two.
+
+    A minimum at w and another, or a kink, at twice its distance from either end are told apart.
+    """
+    near = [mpf(2) ** (-mpf(i) / 2) for i in range(10, 80)]
+    return sorted({*(mpf(i) / 48 for i in range(49)), *near, *(1 - share for share in near)})
 
 
 def _golden(f: Callable[[mpf], mpf], low: mpf, high: mpf) -> mpf:
@@ -125,10 +269,8 @@ def _golden(f: Callable[[mpf], mpf], low: mpf, high: mpf) -> mpf:
 
 
 def prox_by_formula(v: float, step: float, weight: float, penalty: str, a: float) -> float:
-    """Return the prox by the published closed form, in 44 digits; by search where there is none."""
+    """Return the prox by the published closed form, in 44 digits."""
     published = ORACLES[penalty].published
-    if published is None:
-        return float(prox_by_definition(v, step, weight, penalty, a))
     with mpmath.workdps(DIGITS):
         return math.copysign(published(abs(mpf(v)), mpf(step), mpf(weight), mpf(a)), v)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
 from tl1kernels.views import GroupBy, GroupView, check_group_by
@@ -30,15 +31,28 @@ class Penalty:
         value: (w, weight, a) -> 0-d tensor, the weighted term of a tensor given as
             (blocks, outer, groups, inner), differentiable. It gets the weight because some
             penalties (SCAD, MCP) are not a weight times a function of w.
-        shaped: whether it depends on `a`; where it does not, `a` has no effect.
+        a: the shape where none is given; None where it does not depend on one.
         check: (a, step) -> what is wrong with this shape at this step size, or None.
     """
 
     name: str
     source: str
     value: Callable[[Tensor, float, float], Tensor]
-    shaped: bool = False
+    a: float | None = None
     check: Callable[[float, float], str | None] = lambda a, step: None
+
+
+def _scad(w: Tensor, weight: float, a: float) -> Tensor:
+    size = w.abs()
+    middle = (2 * a * weight * size - size.square() - weight**2) / (2 * (a - 1))
+    beyond = torch.where(size <= a * weight, middle, weight**2 * (a + 1) / 2)
+    return torch.where(size <= weight, weight * size, beyond).sum()
+
+
+def _mcp(w: Tensor, weight: float, a: float) -> Tensor:
+    size = w.abs()
+    inner = weight * size - size.square() / (2 * a)
+    return torch.where(size <= a * weight, inner, a * weight**2 / 2).sum()
 
 
 PENALTIES: dict[str, Penalty] = {
@@ -48,11 +62,53 @@ PENALTIES: dict[str, Penalty] = {
             "tl1",
             "transformed l1: Zhang & Xin 2017; Ma et al. 2019, eq. 5",
             lambda w, weight, a: weight * ((a + 1) * w.abs() / (a + w.abs())).sum(),
-            shaped=True,
+            a=1.0,
         ),
         Penalty("l1", "Tibshirani 1996", lambda w, weight, a: weight * w.abs().sum()),
+        Penalty(
+            "l0",
+            "the number of weights; Blumensath & Davies 2008",
+            lambda w, weight, a: weight * (w != 0).sum().to(w.dtype),
+        ),
+        Penalty(
+            "scad",
+            "smoothly clipped absolute deviation: Fan & Li 2001",
+            _scad,
+            a=3.7,
+            check=lambda a, step: None if a > 1 + step else f"scad needs a > {1 + step}",
+        ),
+        Penalty(
+            "mcp",
+            "minimax concave penalty: Zhang 2010",
+            _mcp,
+            a=3.0,
+            check=lambda a, step: None if a > step else f"mcp needs a > {step}",
+        ),
+        Penalty(
+            "log",
+            "log(a |w| + 1) / log(a + 1): Candes, Wakin & Boyd 2008",
+            lambda w, weight, a: weight / math.log1p(a) * (a * w.abs()).log1p().sum(),
+            a=1.0,
+        ),
+        Penalty(
+            "capped_l1",
+            "min(|w|, a): Zhang 2009",
+            lambda w, weight, a: weight * w.abs().clamp(max=a).sum(),
+            a=1.0,
+        ),
+        Penalty(
+            "l_half",
+            "|w|^(1/2): Xu, Chang, Xu & Zhang 2012",
+            lambda w, weight, a: weight * w.abs().sqrt().sum(),
+        ),
+        Penalty(
+            "l_two_thirds",
+            "|w|^(2/3): Krishnan & Fergus 2009; Cao, Sun & Xu 2013",
+            lambda w, weight, a: weight * w.abs().pow(2 / 3).sum(),
+        ),
     )
 }
+"""By name. `rho_a` is the value at weight 1; where it is a multiple of the weight, any weight's."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "l1": {"penalty": "l1", "group_by": None},
@@ -69,7 +125,7 @@ class Options(TypedDict, total=False):
 
     lam: float | Tensor
     penalty: str | None
-    a: float | Tensor
+    a: float | Tensor | None
     mu: float | Tensor | None
     group_by: GroupBy
     group_weight: str | None
@@ -107,7 +163,7 @@ class Regularizer:
 
     lam: float | Tensor = 0.0
     penalty: str | None = "tl1"
-    a: float = 1.0
+    a: float | None = None
     mu: float | None = None
     group_by: GroupBy = None
     group_weight: str | None = None
@@ -125,7 +181,7 @@ class Regularizer:
         if "lam" in given:
             given["lam"] = number_or_tensor("lam", given["lam"])
         for name in ("a", "mu"):
-            if name in given and not (name == "mu" and given[name] is None):
+            if given.get(name) is not None:
                 given[name] = number(name, given[name])
         reg = cls(**given)
         if not isinstance(reg.lam, Tensor) and not 0 <= reg.lam < math.inf:
@@ -133,8 +189,10 @@ class Regularizer:
         if reg.penalty is not None and reg.penalty not in tuple(PENALTIES):
             names = ", ".join(repr(name) for name in PENALTIES)
             raise ValueError(f"penalty must be None or one of {names}, got {reg.penalty!r}")
-        if not 0 < reg.a < math.inf:
-            raise ValueError(f"a must be finite and > 0, got {reg.a}")
+        if reg.a is not None and not 0 < reg.a < math.inf:
+            raise ValueError(f"a must be None or finite and > 0, got {reg.a}")
+        if reg.penalty is not None and (problem := PENALTIES[reg.penalty].check(reg.shape, 0.0)):
+            raise ValueError(f"a={reg.shape}: {problem}")
         if reg.mu is not None and not 0 <= reg.mu <= 1:
             raise ValueError(f"mu must be None or in [0, 1], got {reg.mu}")
         check_group_by(reg.group_by)
@@ -159,7 +217,13 @@ class Regularizer:
         group = lam * (1 - mu) if view.grouped else 0.0
         if self.group_weight == "sqrt":
             group *= math.sqrt(view.group_size)
-        return Terms(elementwise, group, self.a, scale)
+        return Terms(elementwise, group, self.shape, scale)
+
+    @property
+    def shape(self) -> float:
+        """The penalty's shape: `a`, or the penalty's own; 1 where it has none."""
+        default = PENALTIES[self.penalty].a if self.penalty else None
+        return self.a if self.a is not None else 1.0 if default is None else default
 
     def check_step(self, name: str, step: float | Tensor) -> None:
         """Raise ValueError, naming the argument, where no prox of this step size exists.
@@ -170,9 +234,9 @@ class Regularizer:
             return
         if not 0 <= step < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {step}")
-        problem = PENALTIES[self.penalty].check(self.a, step) if self.penalty else None
+        problem = PENALTIES[self.penalty].check(self.shape, step) if self.penalty else None
         if problem:
-            raise ValueError(f"a={self.a} with {name}={step}: {problem}")
+            raise ValueError(f"a={self.shape} with {name}={step}: {problem}")
 
 
 def number(name: str, value: Any) -> float:

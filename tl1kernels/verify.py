@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -23,6 +24,8 @@ from tl1kernels.penalties import PENALTIES
 from tl1kernels.plan import FLOAT_DTYPES
 
 _CPU = torch.device("cpu")
+
+Penalties = Sequence[str | None]
 
 GROUPINGS = (None, "out", "in", "in_spatial", "filter_slice", "layer", -1)
 
@@ -168,16 +171,25 @@ def _table(checks: Sequence[Check]) -> Iterator[str]:
     yield f"  {'bound':{width}}" + "".join(f"{bound:>14g}" for bound in bounds)
 
 
-def verify(backend: str = "reference", seed: int | None = None) -> Report:
+def verify(
+    backend: str = "reference",
+    seed: int | None = None,
+    penalties: Penalties | None = None,
+) -> Report:
     """Run every check on one backend.
 
     Args:
         backend: a name of `BACKENDS`; Triton runs on the GPU, unless it interprets.
         seed: of the random input; None draws one.
+        penalties: names of `PENALTIES`, or None for no penalty; None for all of them.
 
     Raises:
-        ValueError, RuntimeError: no such backend, or it cannot run here.
+        ValueError, RuntimeError: no such backend, or it cannot run here; no such penalty.
     """
+    every = (None, *PENALTIES)
+    for name in penalties or ():
+        if name not in every:
+            raise ValueError(f"penalties must be among {every}, got {name!r}")
     backends.require(backend)
     seed = secrets.randbelow(2**31) if seed is None else seed
     generator = np.random.default_rng(seed)
@@ -187,14 +199,14 @@ def verify(backend: str = "reference", seed: int | None = None) -> Report:
     device = torch.device("cuda" if gpu else "cpu")
     with backends.use_backend(backend):
         for part in (_thresholds, _groups, _rules, _steps):
-            checks += part(generator, bounds, device)
+            checks += part(generator, bounds, device, every if penalties is None else penalties)
     return Report(backend, seed, tuple(checks))
 
 
 def hard_cases(
     penalty: str, generator: np.random.Generator, n: int
 ) -> Iterator[tuple[float, float, float, float]]:
-    """Yield random (v, step, weight, a) over the range of use, most near where v begins to live.
+    """Yield random (v, step, weight, a) over the range of use, most near a kink.
 
     a from 1e-3 to 1e6, step * weight from 1e-10 to 1, |v| from far below the threshold to far
     above it; not where the problem itself magnifies rounding, next to a double root.
@@ -205,8 +217,9 @@ def hard_cases(
         a = random_shape(penalty, step, generator, -3, 6)
         near = 1 + generator.choice([-1, 1]) * 10 ** generator.uniform(-6, 0)
         scale = near if generator.random() < 0.7 else 10 ** generator.uniform(-3, 5)
-        v = float(generator.choice([-1, 1]) * oracle.threshold(step * weight, a) * scale)
-        if v and oracle.condition(abs(v), step * weight, a) < 30:
+        kink = generator.choice(oracle.kinks(step, weight, a))
+        v = float(generator.choice([-1, 1]) * kink * scale)
+        if v and oracle.condition(abs(v), step, weight, a) < 30:
             n -= 1
             yield v, step, weight, a
 
@@ -217,30 +230,42 @@ def random_shape(
     """Return a random shape a in [10^low, 10^high] that the penalty allows at this step size."""
     while True:
         a = float(10 ** generator.uniform(low, high))
-        if penalty is None or PENALTIES[penalty].check(a, step) is None:
+        # With a margin: at the end of its range a prox magnifies rounding without bound.
+        if penalty is None or PENALTIES[penalty].check(a, 1.1 * step) is None:
             return a
 
 
 def _thresholds(
-    generator: np.random.Generator, bounds: Bounds, device: torch.device
+    generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
 ) -> Iterator[Check]:
-    """Check single weights against the definition of the prox, in float64 and float32."""
-    for name, (dtype, bound) in product(PENALTIES, bounds.prox.items()):
+    """Check single weights against the definition of the prox, in float64 and float32.
+
+    All in one step of SGD with gradients of 0, a param group for each weight.
+    """
+    for name, (dtype, bound) in product(filter(None, penalties), bounds.prox.items()):
+        cases = list(hard_cases(name, generator, 100))
+        inputs = [torch.tensor([v], dtype=dtype) for v, *_ in cases]
+        groups = [
+            {"lr": step, "lam": weight, "penalty": name, "a": a, "group_by": None}
+            for _, step, weight, a in cases
+        ]
+        zeros = [torch.zeros_like(x) for x in inputs]
         errors = []
-        for v, step, weight, a in hard_cases(name, generator, 100):
-            x = torch.tensor([v], dtype=dtype)
-            got = prox(x.to(device), step, lam=weight, penalty=name, a=a, mu=1.0).cpu()
+        for x, got, (_, *of) in zip(
+            inputs, _step(ProxSGD, inputs, zeros, groups, device), cases, strict=True
+        ):
+            step, weight, a = of
             want = oracles.prox_by_definition(x.item(), step, weight, name, a)
-            magnified = oracles.ORACLES[name].condition(abs(v), step * weight, a)
+            magnified = oracles.ORACLES[name].condition(abs(x.item()), step, weight, a)
             errors.append(_ulps(got, np.array([float(want)]), x.numpy()) / magnified)
         yield _check("prox", name, dtype, "the definition, by search", errors, bound)
 
 
 def _groups(
-    generator: np.random.Generator, bounds: Bounds, device: torch.device
+    generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
 ) -> Iterator[Check]:
     """Thresholds with groups on random tensors against eq. 22 written as loops."""
-    for penalty in (None, *PENALTIES):
+    for penalty in penalties:
         errors: list[Any] = []
         for group_by, group_weight in product(GROUPINGS, (None, "sqrt")):
             shape = tuple(int(n) for n in generator.integers(2, 6, size=4))
@@ -263,7 +288,9 @@ def _groups(
         yield _check("tensors", row, torch.float64, against, errors, 1e-12, "absolute terms")
 
 
-def _rules(generator: np.random.Generator, bounds: Bounds, device: torch.device) -> Iterator[Check]:
+def _rules(
+    generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
+) -> Iterator[Check]:
     """Check 20 steps with lam = 0 against torch.optim in float64."""
     for name, (ours, torchs, options) in RULES.items():
         start = torch.from_numpy(generator.normal(size=(7, 5)))
@@ -277,39 +304,47 @@ def _rules(generator: np.random.Generator, bounds: Bounds, device: torch.device)
         yield _check(section, name, torch.float64, "torch.optim", [errors], bounds.rule, unit)
 
 
-def _steps(generator: np.random.Generator, bounds: Bounds, device: torch.device) -> Iterator[Check]:
-    """One whole step, every dtype, against torch.optim in float64 and then eq. 22."""
-    for name, penalty, group_by, dtype in product(
-        RULES, (None, *PENALTIES), GROUPINGS, FLOAT_DTYPES
-    ):
+def _steps(
+    generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
+) -> Iterator[Check]:
+    """One whole step, every dtype, against torch.optim in float64 and then eq. 22.
+
+    The groupings are param groups of one optimizer.
+    """
+    for name, penalty, dtype in product(RULES, penalties, FLOAT_DTYPES):
         ours, torchs, options = RULES[name]
-        shape = tuple(int(n) for n in generator.integers(2, 5, size=4))
-        start = torch.from_numpy(generator.normal(size=shape)).to(dtype)
-        gradient = [torch.from_numpy(generator.normal(size=shape)).to(dtype)]
-        regularizer: dict[str, Any] = {
-            "lam": 10 ** generator.uniform(-1, 1),
-            "a": random_shape(penalty, 0.1, generator, -1, 1),
-            "mu": generator.uniform(),
-            "penalty": penalty,
-            "group_by": group_by,
-        }
-        got = _train(ours, start, gradient, {**options, **regularizer, "lr": 0.1}, device)
-        wide = [g.double() for g in gradient]
-        v = _train(torchs, start.double(), wide, {**options, "lr": 0.1}).numpy()
-        want = oracles.prox_as_published(v, 0.1, **regularizer)
-        # What the update rule cancels it cannot give back.
-        errors = _ulps(got, want, np.maximum(np.abs(v), start.double().abs().numpy()))
-        if penalty is not None and (dtype == torch.float64 or bounds is not ROUNDED_ONCE):
-            oracle, tau = oracles.ORACLES[penalty], 0.1 * regularizer["lam"] * regularizer["mu"]
-            a = regularizer["a"]
-            errors = errors / np.vectorize(oracle.condition)(np.abs(v), tau, a)
-            # So near the threshold v's own rounding decides whether the weight lives.
-            threshold = oracle.threshold(tau, a)
-            near = np.abs(np.abs(v) - threshold) <= 4 * torch.finfo(dtype).eps * threshold
-            errors = np.where(near & ((want == 0) != (got.double().numpy() == 0)), 0, errors)
-        row = f"{penalty or 'no penalty'}, group_by={group_by}"
-        against, bound = "torch.optim, then eq. 22", bounds.step[dtype]
-        yield _check(f"step {name}", row, dtype, against, [errors], bound)
+        starts, gradients, groups = [], [], []
+        for group_by in GROUPINGS:
+            shape = tuple(int(n) for n in generator.integers(2, 4, size=4))
+            starts.append(torch.from_numpy(generator.normal(size=shape)).to(dtype))
+            gradients.append(torch.from_numpy(generator.normal(size=shape)).to(dtype))
+            groups.append(
+                {
+                    "lam": 10 ** generator.uniform(-1, 1),
+                    "a": random_shape(penalty, 0.1, generator, -1, 1),
+                    "mu": generator.uniform(),
+                    "penalty": penalty,
+                    "group_by": group_by,
+                }
+            )
+        options = {**options, "lr": 0.1}
+        results = _step(partial(ours, **options), starts, gradients, groups, device)
+        for start, gradient, got, group in zip(starts, gradients, results, groups, strict=True):
+            v = _train(torchs, start.double(), [gradient.double()], options).numpy()
+            want = oracles.prox_as_published(v, 0.1, **group)
+            # What the update rule cancels it cannot give back.
+            errors = _ulps(got, want, np.maximum(np.abs(v), start.double().abs().numpy()))
+            if penalty is not None and (dtype == torch.float64 or bounds is not ROUNDED_ONCE):
+                oracle = oracles.ORACLES[penalty]
+                terms = 0.1, group["lam"] * group["mu"], group["a"]
+                errors = errors / np.vectorize(oracle.condition)(np.abs(v), *terms)
+                # So near a jump v's own rounding decides on which side a weight is.
+                for kink in oracle.kinks(*terms):
+                    near = np.abs(np.abs(v) - kink) <= 4 * torch.finfo(dtype).eps * kink
+                    errors = np.where(near, 0, errors)
+            row = f"{penalty or 'no penalty'}, group_by={group['group_by']}"
+            against, bound = "torch.optim, then eq. 22", bounds.step[dtype]
+            yield _check(f"step {name}", row, dtype, against, [errors], bound)
 
 
 def _check(
@@ -344,6 +379,21 @@ def _train(
         param.grad = gradient.to(device, copy=True)
         optimizer.step()
     return param.detach().cpu()
+
+
+def _step(
+    kind: Callable[..., torch.optim.Optimizer],
+    starts: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    groups: Sequence[Mapping[str, Any]],
+    device: torch.device,
+) -> list[Tensor]:
+    """Return what each tensor is after one step on the device, with a param group of its own."""
+    params = [start.to(device, copy=True).requires_grad_() for start in starts]
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient.to(device, copy=True)
+    kind([{"params": [p], **group} for p, group in zip(params, groups, strict=True)]).step()
+    return [param.detach().cpu() for param in params]
 
 
 def _ulps(got: Tensor, want: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -109,6 +109,82 @@ def tl1(v: Tensor, step: float, weight: float, a: float) -> Tensor:
     return torch.where(v <= tl1_threshold(tau, a), 0.0, v - d / r.square())
 
 
+def hard_threshold(v: Tensor, step: float, weight: float, a: float) -> Tensor:
+    """Return l0's prox: |v| beyond sqrt(2 step weight) (Blumensath & Davies 2008)."""
+    return torch.where(v <= math.sqrt(2 * step * weight), 0.0, v)
+
+
+def scad(v: Tensor, step: float, weight: float, a: float) -> Tensor:
+    """Return SCAD's prox for a > 1 + step (Fan & Li 2001): soft, then steeper, then none."""
+    middle = (v - step * weight * (a / (a - 1))) * ((a - 1) / (a - 1 - step))
+    beyond = torch.where(v <= a * weight, middle, v)
+    return torch.where(v <= weight * (1 + step), soft_threshold(v, step, weight, a), beyond)
+
+
+def firm_threshold(v: Tensor, step: float, weight: float, a: float) -> Tensor:
+    """Return MCP's prox for a > step (Zhang 2010): a steeper soft threshold, then none."""
+    inner = soft_threshold(v, step, weight, a) * (a / (a - step))
+    return torch.where(v <= a * weight, inner, v)
+
+
+def capped_l1(v: Tensor, step: float, weight: float, a: float) -> Tensor:
+    """Return capped l1's prox: the better of the soft threshold and v itself (Zhang 2009)."""
+    tau = step * weight
+    if a < tau / 2:
+        return torch.where(v <= math.sqrt(2 * tau * a), 0.0, v)
+    return torch.where(v <= a + tau / 2, soft_threshold(v, step, weight, a), v)
+
+
+def log_threshold(tau: float, a: float) -> float:
+    """Return the largest |v| that the log penalty's prox maps to 0; tau = step weight / log(a + 1).
+
+    Up to a^2 tau = 1 the prox is continuous there. Beyond, it jumps to the w where both are as
+    good: with x = a w that is 2 (log(1 + x) - x / (1 + x)) / x^2 = 1 / (a^2 tau), which falls.
+    """
+    k = a * a * tau
+    if k <= 1:
+        return a * tau
+    low, high = 1e-9, 2 * k + 10
+    for _ in range(64):
+        x = math.sqrt(low) * math.sqrt(high)
+        alive = 2 * (math.log1p(x) - x / (1 + x)) * k > x * x
+        low, high = (x, high) if alive else (low, x)
+    return (x + k / (1 + x)) / a
+
+
+def log_penalty(v: Tensor, step: float, weight: float, a: float) -> Tensor:
+    """Return the log penalty's prox: the larger root of (w - v) (w + 1/a) + tau = 0, or 0."""
+    a = min(max(a, 1e-100), 1e100)  # beyond that it is l0 or l1 to all digits
+    tau = step * weight / math.log1p(a)
+    s, r = v + 1 / a, 2 * math.sqrt(tau)
+    root = ((s - r).clamp(min=0) * (s + r)).sqrt()
+    w = (v - 2 * tau / (s + root)).clamp(min=0)
+    return torch.where(v <= log_threshold(tau, a), 0.0, w)
+
+
+def l_half(v: Tensor, step: float, weight: float, a: float) -> Tensor:
+    """Return the prox of |w|^(1/2) (Xu et al. 2012): w = v r^2, r^3 - r + tau / (2 v^1.5) = 0."""
+    tau = step * weight
+    threshold = 1.5 * tau ** (2 / 3)
+    cosine = -(27**0.5) / 4 * tau / v.clamp(min=threshold).pow(1.5)
+    r = (torch.acos(cosine) / 3).cos() * (2 / math.sqrt(3))
+    return torch.where(v <= threshold, 0.0, v * r.square() if tau > 0 else v)
+
+
+def l_two_thirds(v: Tensor, step: float, weight: float, a: float) -> Tensor:
+    """Return the prox of |w|^(2/3): w = v r^3, r^4 - r + 2/3 tau / v^(4/3) = 0 (Cao et al. 2013).
+
+    Newton's method falls to the largest root from r = 1, and there the slope is 1 or more.
+    """
+    tau = step * weight
+    threshold = 2 * (tau * (2 / 3)) ** 0.75
+    k = (2 / 3) * tau / v.clamp(min=threshold).pow(4 / 3)
+    r = torch.ones_like(v)
+    for _ in range(8):
+        r = r - (r.pow(4) - r + k) / (4 * r.pow(3) - 1)
+    return torch.where(v <= threshold, 0.0, v * r.pow(3) if tau > 0 else v)
+
+
 # --- Proximal operators: (v, step, terms) -> w on (blocks, outer, groups, inner) tensors, where
 # v[b, :, g, :] is a group. A penalty that is elementwise is a threshold, then group shrinkage;
 # one that couples a group's weights is its own function of the same signature.
@@ -144,6 +220,13 @@ PROX: dict[str | None, Prox] = {
     None: thresholded(None),
     "l1": thresholded(soft_threshold),
     "tl1": thresholded(tl1),
+    "l0": thresholded(hard_threshold),
+    "scad": thresholded(scad),
+    "mcp": thresholded(firm_threshold),
+    "log": thresholded(log_penalty),
+    "capped_l1": thresholded(capped_l1),
+    "l_half": thresholded(l_half),
+    "l_two_thirds": thresholded(l_two_thirds),
 }
 
 

@@ -55,18 +55,26 @@ def load() -> ModuleType:
 
 
 def maths() -> ModuleType:
-    """Import the kernels' maths: the columns of their tables, update rules, penalties."""
+    """Import the kernels' maths: the columns of their tables, and update rules."""
     load()
     from tl1kernels.backends import triton_math
 
     return triton_math
 
 
+def penalties() -> dict[str | None, Any]:
+    """Import the kernels' penalties: by name, what prepares their coefficients, and their prox."""
+    load()
+    from tl1kernels.backends import triton_penalties
+
+    return triton_penalties.PENALTIES
+
+
 def rejects(batch: Batch) -> str | None:
     """Return why Triton cannot run this batch; None if it can."""
     if batch.device.type != "cuda" and not (batch.device.type == "cpu" and interpreting()):
         return f"it has no kernels for {batch.device.type}"
-    if batch.penalty not in maths().PENALTIES:
+    if batch.penalty not in penalties():
         return f"it has no penalty {batch.penalty!r}"
     for entry, grad in zip(batch.entries, batch.grads, strict=True):
         if entry.param.is_neg():
@@ -188,7 +196,7 @@ def step(
         views: the groups of each parameter.
         scalars: float64 [tensors, len(SCALARS)] on the CPU.
         rule: a name of `triton_math.RULES`.
-        penalty: a name of `triton_math.PENALTIES`.
+        penalty: a name of `triton_penalties.PENALTIES`.
         maximize: whether the gradient's sign is turned.
         nesterov: SGD's variant of momentum.
         decoupled: AdamW's weight decay.
@@ -217,7 +225,7 @@ def step(
     plan: schedule.Schedule = kept["plan"]
     found_inf = kept["zero"] if found_inf is None else found_inf
     advance, apply = math.RULES[rule]
-    prepare, prox = math.PENALTIES[penalty]
+    prepare, prox = penalties()[penalty]
     n_sync = 1 + 2 * plan.n_teams
     constants = {
         "Advance": advance,

@@ -39,7 +39,7 @@ SEARCH_A = (0.01, 0.1, 1.0)
 SHAPED = [
     method
     for method, options in tk.PRESETS.items()
-    if options["penalty"] is not None and tk.PENALTIES[options["penalty"]].shaped
+    if options["penalty"] is not None and tk.PENALTIES[options["penalty"]].a is not None
 ]
 """The methods whose penalty has a shape parameter a to search for."""
 
