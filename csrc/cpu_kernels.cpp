@@ -6,6 +6,7 @@
 // group's norm is known, a second loop scales it. What is written here says which weights, and when.
 
 #include "cpu_advance.h"
+#include "cpu_groups.h"
 
 namespace tl1 {
 inline namespace TL1_ISA {
@@ -144,7 +145,24 @@ class Runner {
     }
   }
 
+  // The groups' sums of this tile, `n` of them, or what is measured of coupled ones.
+  Measures of_groups(double* sums, int64_t n) const {
+    if (sums != work.sums) return Measures::in(sums, n);
+    return {{sums, work.more_sums[0], work.more_sums[1], work.more_sums[2]}};
+  }
+
+  // The same of each column, or of the lanes of one long run.
+  Measures of_columns() const {
+    return {{work.columns, work.more_columns[0], work.more_columns[1], work.more_columns[2]}};
+  }
+
+  int64_t groups_touched() const { return (origin + columns - 1) / inner - origin / inner + 1; }
+
   void clear_sums(double* sums) const {
+    if (step.coupled >= 0) {
+      of_columns().clear(short_runs ? columns : LANES);
+      return of_groups(sums, groups_touched()).clear(groups_touched());
+    }
     for (int64_t i = 0; i < (short_runs ? columns : LANES); i++) work.columns[i] = 0;
     for (int64_t i = 0; i < (short_runs ? columns : 0); i++) work.part[i] = 0;
     const int64_t first = origin / inner, last = (origin + columns - 1) / inner;
@@ -155,6 +173,7 @@ class Runner {
   // tile's weights before them.
   template <bool KeepState>
   void advance_block(int64_t at, int64_t n, int64_t index, A* out, double* sums) {
+    if (step.coupled >= 0) return advance_coupled<KeepState>(at, n, index, out, sums);
     if (short_runs) advance_to<KeepState>(at, n, out, nullptr);
     each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
       if (short_runs) {
@@ -162,6 +181,94 @@ class Runner {
       } else {
         advance_row<KeepState>(at + i, col, m, out + i, sums);
       }
+    });
+  }
+
+  template <bool KeepState>
+  void advance_coupled(int64_t at, int64_t n, int64_t index, A* out, double* sums) {
+    advance_to<KeepState>(at, n, out, nullptr);
+    const double offset = tl1::offset(step.coupled, step.coupling.tau), unit = step.unit;
+    const Measures groups = of_groups(sums, groups_touched()), slots = of_columns();
+    const int64_t first = origin / inner;
+    each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
+      const int64_t row = tile.row0 + (index + i) / columns;
+      if (short_runs) {
+        const double place = static_cast<double>(row);  // of the run; fold_coupled adds the rest
+        return measure_weights(out + i, m, place, 0, offset, unit, slots.from(col - origin));
+      }
+      each_run(col, col + m, [&](int64_t group, int64_t from, int64_t to) {
+        const double place = static_cast<double>(row * inner + from - group * inner);
+        const A* v = out + i + (from - col);
+        for (int64_t k = 0; k < to - from; k += LANES) {
+          measure_weights(v + k, smaller(LANES, to - from - k), place + static_cast<double>(k), 1, offset,
+                  unit, slots);
+        }
+        for (int64_t k = 0; k < LANES; k++) groups.add(group - first, slots.measured(k));
+        slots.clear(LANES);
+      });
+    });
+  }
+
+  // Short runs: from columns to groups.
+  void fold_coupled(double* sums) const {
+    const Measures groups = of_groups(sums, groups_touched()), slots = of_columns();
+    for (int64_t g = 0; g < columns / inner; g++) {
+      for (int64_t i = 0; i < inner; i++) {
+        Measured m = slots.measured(g * inner + i);
+        m.at = m.at * static_cast<double>(inner) + static_cast<double>(i);
+        groups.add(g, m);
+      }
+    }
+  }
+
+  // What becomes of the groups from `origin` on, by column.
+  void spread_coupled(const Measures& shrinks) const {
+    A *factors = reinterpret_cast<A*>(work.spread), *cuts = reinterpret_cast<A*>(work.cuts);
+    for (int64_t i = 0; i < columns; i++) {
+      factors[i] = static_cast<A>(shrinks.of[0][i / inner]);
+      cuts[i] = static_cast<A>(shrinks.of[1][i / inner]);
+    }
+  }
+
+  static void store_shrunk(A v, A factor, A cut, P& out) {
+    const A size = magnitude_of(v);
+    store(with_sign_of(factor * (size <= cut ? A(0) : size - cut), v), true, out);
+  }
+
+  // Stores v, the weights of a row from column `col` on, with what `shrinks`, from the group of
+  // `origin` on, makes of them.
+  void shrink(const A* v, int64_t row, int64_t col, int64_t n, const Measures& shrinks) const {
+    P* out = param + address(row, col);
+    if (short_runs) {
+      const A* factors = reinterpret_cast<const A*>(work.spread) + (col - origin);
+      const A* cuts = reinterpret_cast<const A*>(work.cuts) + (col - origin);
+      SIMD for (int64_t i = 0; i < n; i++) store_shrunk(v[i], factors[i], cuts[i], out[i]);
+    } else {
+      const int64_t first = origin / inner;
+      each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
+        const A factor = static_cast<A>(shrinks.of[0][group - first]);
+        const A cut = static_cast<A>(shrinks.of[1][group - first]);
+        const A* of_run = v + (from - col);
+        P* to_run = out + (from - col);
+        SIMD for (int64_t i = 0; i < to - from; i++) {
+          store_shrunk(of_run[i], factor, cut, to_run[i]);
+        }
+      });
+    }
+    keep(row, col, n, shrinks);
+    put_copy(address(row, col), n);
+  }
+
+  // Of the weights of a row from column `col` on, stores those that their groups keep.
+  void keep(int64_t row, int64_t col, int64_t n, const Measures& shrinks) const {
+    const int64_t first = origin / inner;
+    each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
+      const double kept_at = shrinks.of[2][group - first];
+      if (kept_at < 0) return;
+      const int64_t place = static_cast<int64_t>(kept_at);
+      const int64_t column = group * inner + place % inner;
+      if (place / inner != row || column < from || column >= to) return;
+      store(static_cast<A>(shrinks.of[3][group - first]), true, param[address(row, column)]);
     });
   }
 
@@ -202,6 +309,7 @@ class Runner {
   // Short runs: from columns to groups. They are never cut, so the columns begin with a group.
   void fold_columns(double* sums) {
     if (!short_runs) return;
+    if (step.coupled >= 0) return fold_coupled(sums);
     move_part_to(work.columns, work.part, columns);
     rows_in_part = 0;
     const double* column = work.columns;
@@ -284,6 +392,13 @@ class Runner {
     });
     fold_columns(sums);
     const int64_t groups = columns / inner;
+    if (step.coupled >= 0) {
+      const Measures of = of_groups(sums, groups);
+      for (int64_t g = 0; g < groups; g++) {
+        of.put(g, tl1::finish(step.coupled, of.measured(g), step.coupling));
+      }
+      return shrink_strip(of);
+    }
     const double threshold = step.group_threshold;
     SIMD for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], threshold);
     const A* by_column = short_runs ? spread(sums) : nullptr;
@@ -296,6 +411,19 @@ class Runner {
         t = work.values + (row - tile.row0) * columns;
       }
       scale(t, at, origin, columns, sums, by_column);
+    }
+  }
+
+  void shrink_strip(const Measures& shrinks) const {
+    if (short_runs) spread_coupled(shrinks);
+    for (int64_t row = tile.row0; row < tile.row1; row++) {
+      const A* v;
+      if constexpr (IN_PLACE) {
+        v = param + address(row, origin);
+      } else {
+        v = work.values + (row - tile.row0) * columns;
+      }
+      shrink(v, row, origin, columns, shrinks);
     }
   }
 
@@ -322,7 +450,26 @@ class Runner {
     fold_columns(tile.sums);
   }
 
+  void finish_coupled() const {
+    double* all = const_cast<double*>(tile.factors);  // it only reads them
+    const Measures shrinks = Measures::in(all, step.groups).from(origin / inner);
+    if (short_runs) spread_coupled(shrinks);
+    alignas(64) A v[BLOCK];
+    each_block([&](int64_t at, int64_t n, int64_t index) {
+      const A* values = v;
+      if constexpr (IN_PLACE) {
+        values = param + at;
+      } else {
+        advance_to<true>(at, n, v, nullptr);
+      }
+      each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
+        shrink(values + i, tile.row0 + (index + i) / columns, col, m, shrinks);
+      });
+    });
+  }
+
   void finish() const {
+    if (step.coupled >= 0) return finish_coupled();
     const double* factors = tile.factors + origin / inner;
     const A* by_column = short_runs ? spread(factors) : nullptr;
     if constexpr (IN_PLACE) {

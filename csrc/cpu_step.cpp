@@ -77,6 +77,7 @@ const Build& chosen_build() {
 #define TL1_NAME(name, ...) name,
 constexpr const char* RULE_NAMES[] = {TL1_RULES(TL1_NAME)};
 constexpr const char* PENALTY_NAMES[] = {TL1_PENALTIES(TL1_NAME)};
+constexpr const char* COUPLED_NAMES[] = {TL1_COUPLED(TL1_NAME)};
 
 #define TL1_STATES(name, Rule) Rule<float>::STATES,
 constexpr int RULE_STATES[] = {TL1_RULES(TL1_STATES)};
@@ -87,13 +88,21 @@ constexpr bool RULE_COUNTS[] = {TL1_RULES(TL1_COUNTS)};
 template <class A>
 constexpr void (*PREPARE[])(double, double, double, Coefficients&) = {TL1_PENALTIES(TL1_PREPARE)};
 
+// The place of a name, or -1.
 template <size_t N>
-int row_of(const char* argument, const std::string& name, const char* const (&names)[N]) {
-  std::string known;
+int index_of(const std::string& name, const char* const (&names)[N]) {
   for (size_t i = 0; i < N; i++) {
     if (name == names[i]) return static_cast<int>(i);
-    known += std::string(i ? ", '" : "'") + names[i] + "'";
   }
+  return -1;
+}
+
+template <size_t N>
+int row_of(const char* argument, const std::string& name, const char* const (&names)[N]) {
+  const int row = index_of(name, names);
+  if (row >= 0) return row;
+  std::string known;
+  for (size_t i = 0; i < N; i++) known += std::string(i ? ", '" : "'") + names[i] + "'";
   STD_TORCH_CHECK(false, argument, " must be one of ", known, ", got '", name, "'");
 }
 
@@ -215,7 +224,9 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
            std::vector<Tensor> copies) {
   const size_t n = params.size();
   const int rule_row = row_of("rule", rule, RULE_NAMES);
-  const int penalty_row = penalty ? row_of("penalty", *penalty, PENALTY_NAMES) : -1;
+  const int coupled_row = penalty ? index_of(*penalty, COUPLED_NAMES) : -1;
+  const int penalty_row =
+      penalty && coupled_row < 0 ? row_of("penalty", *penalty, PENALTY_NAMES) : -1;
   const size_t shaped = RULE_STATES[rule_row];
   const bool counts = RULE_COUNTS[rule_row];
   const size_t each = shaped + counts;  // the last is the counter
@@ -279,18 +290,21 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     const Scalars& c = scalar[i];
     s.rule = rule_row;
     s.penalty = c.elementwise > 0 ? penalty_row : -1;
+    s.coupled = c.elementwise > 0 ? coupled_row : -1;
     s.clean = c.elementwise > 0 || c.group > 0;
     const bool wide = s.stored == Stored::float64;
     if (s.penalty >= 0) {
       const auto prepare = wide ? PREPARE<double>[s.penalty] : PREPARE<float>[s.penalty];
       prepare(c.lr, c.elementwise, c.a, s.coefficients);
     }
-    const double threshold = c.lr * c.group;
-    const bool near_1 = threshold > 0x1p-40 && threshold < 0x1p40;
-    s.unit = near_1 || threshold <= 0
+    const double tau = c.lr * c.elementwise, threshold = c.lr * c.group;
+    const double scale = s.coupled < 0 ? threshold : std::max(tau, threshold);
+    const bool near_1 = scale > 0x1p-40 && scale < 0x1p40;
+    s.unit = near_1 || scale <= 0
                  ? 1
-                 : std::ldexp(1.0, -std::clamp(std::ilogb(threshold), -1000, 1000));
-    s.group_threshold = threshold > 0 ? threshold * s.unit : -1;
+                 : std::ldexp(1.0, -std::clamp(std::ilogb(scale), -1000, 1000));
+    s.group_threshold = threshold > 0 ? threshold * s.unit : s.coupled < 0 ? -1 : 0;
+    s.coupling = {tau, s.group_threshold, s.unit};
   }
   const RunTile run_tile = chosen_build().run_tile;
   Schedule plan = schedule::of(steps);
@@ -313,6 +327,7 @@ std::vector<int64_t> cpu_tiles(int64_t blocks, int64_t outer, int64_t groups, in
   Step step{};
   step.blocks = blocks, step.outer = outer, step.groups = groups, step.inner = inner;
   step.group_threshold = 1;
+  step.coupled = -1;
   std::vector<int64_t> all;
   for (const Tile& t : schedule::of({step}).first) {
     all.insert(all.end(), {static_cast<int64_t>(t.phase), t.base, t.row0, t.row1, t.col0, t.col1,
@@ -334,7 +349,10 @@ std::string scalar_names() {
   constexpr const char* NAMES[] = {TL1_SCALARS(TL1_SCALAR_NAME)};
   return joined(NAMES, std::size(NAMES));
 }
-std::string penalty_names() { return joined(PENALTY_NAMES, std::size(PENALTY_NAMES)); }
+std::string penalty_names() {
+  return joined(PENALTY_NAMES, std::size(PENALTY_NAMES)) + " " +
+         joined(COUPLED_NAMES, std::size(COUPLED_NAMES));
+}
 
 }  // namespace
 }  // namespace tl1

@@ -35,6 +35,8 @@ struct Step {
   bool clean;    // regularized: a dead weight is +0, never -0
   RuleNumbers numbers;
   Coefficients coefficients;
+  int coupled;             // row of TL1_COUPLED; -1 for none
+  Coupling coupling;
   double group_threshold;  // times `unit`; -1 for no groups
   double unit;             // the scale in which weights are squared; a power of two
 };
@@ -57,12 +59,21 @@ struct Tile {
   const double* factors;    // finish: of all groups of the block
 };
 
+// With a penalty of whole groups there are four numbers where there is one sum, and four where there
+// is one factor: first all groups' first number, then all groups' second one.
+constexpr int MEASURES = 4;
+static_assert(sizeof(Measured) == MEASURES * sizeof(double));
+static_assert(sizeof(Shrink) == MEASURES * sizeof(double));
+
 // One thread's memory.
 struct Workspace {
   alignas(64) double columns[COLUMNS];  // sums of squares by column, or the lanes of one sum
   alignas(64) float part[COLUMNS];      // and of the latest few rows
   alignas(64) double sums[COLUMNS];     // and by group; then the groups' factors
   alignas(64) unsigned char spread[COLUMNS * sizeof(double)];  // factors by column, as arithmetic
+  alignas(64) double more_columns[MEASURES - 1][COLUMNS];  // beside `columns` and `sums`, with a
+  alignas(64) double more_sums[MEASURES - 1][COLUMNS];     // penalty of whole groups
+  alignas(64) unsigned char cuts[COLUMNS * sizeof(double)];  // and beside `spread`
   alignas(64) float values[RESIDENT + BLOCK];  // of 16-bit weights, thresholded
 };
 

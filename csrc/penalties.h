@@ -228,6 +228,53 @@ void prepare_l_two_thirds(double step, double weight, double, Coefficients& c) {
   TwoThirds<A>::prepare(2 * sqrt(x) * sqrt(sqrt(x)), c);
 }
 
+// Penalties of whole groups. No weight has a threshold of its own; what is measured of a group says
+// what becomes of its weights:
+//   w = sign(v) factor * max(0, |v| - cut),   but for one weight, which is `kept`, if `kept_at` >= 0
+struct Measured {
+  double squares;  // sum of max(0, |v| - offset)^2, in the step's unit
+  double sum;      // of |v|
+  double largest;  // the v of largest magnitude, of equal ones the first
+  double at;       // its place in the group, counted in memory
+};
+struct Coupling {
+  double tau;        // step * weight of the penalty
+  double threshold;  // of the group's norm, the group lasso's, in the unit
+  double unit;       // of what is squared
+};
+struct Shrink {
+  double factor, cut, kept_at, kept;
+};
+
+// Combined group and exclusive sparsity (Yoon & Hwang 2017): with the factor s of the group lasso, a
+// soft threshold of s v at tau ||s v||_1.
+struct Cges {
+  static double offset(double) { return 0; }
+  static Shrink finish(const Measured& m, const Coupling& c) {
+    return {c.threshold > 0 ? shrink_factor(m.squares, c.threshold) : 1, c.tau * m.sum, -1, 0};
+  }
+};
+
+// ||w||_1 - ||w||_2 (Lou & Yan 2018, lemma 1), then the group lasso: the soft-thresholded group,
+// scaled up to its norm + tau, or its largest weight alone.
+struct L1MinusL2 {
+  static double offset(double tau) { return tau; }
+  static Shrink finish(const Measured& m, const Coupling& c) {
+    const double norm = root(m.squares), size = magnitude_of(m.largest) * c.unit;
+    if (m.squares == 0 && size <= c.tau * c.unit) {  // NaN is not 0
+      const double left = size <= c.threshold ? 0 : 1 - c.threshold / size;
+      return {0, c.tau, m.at, left * m.largest};
+    }
+    const double grown = norm + c.tau * c.unit;
+    return {grown <= c.threshold ? 0 : (grown - c.threshold) / norm, c.tau, -1, 0};
+  }
+};
+
+// name in the registry, struct
+#define TL1_COUPLED(row) \
+  row("l1_minus_l2", L1MinusL2) \
+  row("cges", Cges)
+
 // name in the registry (tl1kernels/penalties.py), function, struct
 #define TL1_PENALTIES(row) \
   row("l1", prepare_l1, SoftThreshold) \

@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu_groups.h"
 
 namespace tl1 {
 
@@ -43,6 +43,9 @@ constexpr int64_t ROWS = 32;               // at least: what bounds the memory o
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t width(const Step& s) { return s.groups * s.inner; }
+
+// Numbers that are measured of a group.
+inline int64_t measures(const Step& s) { return s.coupled < 0 ? 1 : MEASURES; }
 
 // Groups that a tile touches.
 inline int64_t n_groups(const Tile& t, int64_t inner) {
@@ -92,7 +95,7 @@ inline void two_sweeps(const Step& s, int64_t index, int64_t base, Schedule& pla
     plan.between.push_back({index, first_tile, plan.first.size(), plan.factors.size(), group,
                             std::min(group + REDUCED, s.groups)});
   }
-  plan.factors.resize(plan.factors.size() + static_cast<size_t>(s.groups));
+  plan.factors.resize(plan.factors.size() + static_cast<size_t>(measures(s) * s.groups));
 }
 
 inline Schedule of(const std::vector<Step>& steps) {
@@ -117,7 +120,9 @@ inline Schedule of(const std::vector<Step>& steps) {
   // Only now that nothing grows any more: where each tile's sums and factors are.
   size_t n_sums = 0;
   for (const Tile& t : plan.first) {
-    if (t.phase == Phase::measure) n_sums += n_groups(t, steps[t.step].inner);
+    if (t.phase != Phase::measure) continue;
+    const Step& s = steps[t.step];
+    n_sums += static_cast<size_t>(measures(s) * n_groups(t, s.inner));
   }
   plan.sums.reset(new double[n_sums]);
   double* sums = plan.sums.get();
@@ -126,7 +131,7 @@ inline Schedule of(const std::vector<Step>& steps) {
     for (size_t i = r.first_tile; i < r.last_tile; i++) {
       Tile& t = plan.first[i];
       t.sums = sums;
-      sums += n_groups(t, steps[t.step].inner);
+      sums += measures(steps[t.step]) * n_groups(t, steps[t.step].inner);
       plan.second.push_back(t);
       plan.second.back().phase = Phase::finish;
       plan.second.back().factors = plan.factors.data() + r.factors;
@@ -135,7 +140,25 @@ inline Schedule of(const std::vector<Step>& steps) {
   return plan;
 }
 
+// The same for a penalty of whole groups.
+inline void reduce_coupled(const Step& s, const Reduction& r, Schedule& plan) {
+  const Measures all = Measures::in(plan.factors.data() + r.factors, s.groups);
+  for (size_t i = r.first_tile; i < r.last_tile; i++) {
+    const Tile& t = plan.first[i];
+    const int64_t first = t.col0 / s.inner, n = n_groups(t, s.inner);
+    const int64_t group1 = std::min(r.group1, first + n);
+    const Measures of_tile = Measures::in(t.sums, n);
+    for (int64_t g = std::max(r.group0, first); g < group1; g++) {
+      all.add(g, of_tile.measured(g - first));
+    }
+  }
+  for (int64_t g = r.group0; g < r.group1; g++) {
+    all.put(g, finish(s.coupled, all.measured(g), s.coupling));
+  }
+}
+
 inline void reduce(const Step& s, const Reduction& r, Schedule& plan) {
+  if (s.coupled >= 0) return reduce_coupled(s, r, plan);
   double* factors = plan.factors.data() + r.factors;
   for (size_t i = r.first_tile; i < r.last_tile; i++) {
     const Tile& t = plan.first[i];

@@ -27,6 +27,17 @@ VARIANTS = [
 variants = pytest.mark.parametrize(("ours", "torchs", "options"), VARIANTS)
 
 
+ELEMENTWISE = [name for name, row in tk.PENALTIES.items() if not row.coupled]
+COUPLED = [name for name, row in tk.PENALTIES.items() if row.coupled]
+
+ON_THE_REFERENCE_ALONE = {
+    "cpu": {"exclusive"},
+    "triton": {"exclusive", "cges", "l1_minus_l2"},
+    "reference": set(),
+}
+"""Penalties that a backend has no kernel for yet."""
+
+
 def allowed_shape(penalty, a, step):
     """Return `a`, or a larger shape where the penalty's prox needs one at this step size."""
     if penalty is None or tk.PENALTIES[penalty].check(a, 1.5 * step) is None:

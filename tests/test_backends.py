@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tl1kernels as tk
-from tests.common import skip_unless_it_runs
+from tests.common import ELEMENTWISE, skip_unless_it_runs
 from tl1kernels import backends, plan
 from tl1kernels.backends import native
 from tl1kernels.batch import SGD, Adam, Assign, Entry, Numbers
@@ -139,7 +139,7 @@ def test_info_tells_what_is_wrong_with_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("rule", [Assign, SGD, Adam])
-@pytest.mark.parametrize("penalty", [None, *tk.PENALTIES])
+@pytest.mark.parametrize("penalty", [None, *ELEMENTWISE])
 @pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_every_backend_takes_every_rule_and_penalty(backend, rule, penalty):
     skip_unless_it_runs(backend)
@@ -166,6 +166,17 @@ def test_without_the_library_one_warning_says_why_and_the_reference_runs(monkeyp
         assert chosen(work()) == ["reference"]
     tk.prox(torch.ones(3), 0.1)  # and no second one: warnings are errors here
     native.load.cache_clear()
+
+
+@needs_cpu
+def test_a_penalty_without_a_kernel_runs_on_the_reference_with_one_warning(monkeypatch):
+    monkeypatch.setattr(backends, "_warned", set())
+    v = torch.randn(3, 4)
+    with pytest.warns(RuntimeWarning, match="no penalty 'exclusive'.*'reference' runs"):
+        got = tk.prox(v, 0.1, penalty="exclusive", group_by="in")
+    assert torch.equal(got, tk.prox(v, 0.1, penalty="exclusive", group_by="in"))
+    want = tk.prox(v, 0.1, penalty="exclusive", group_by="in", backend="reference")
+    assert torch.equal(got, want)
 
 
 @needs_cpu

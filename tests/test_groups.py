@@ -113,6 +113,7 @@ def test_presets_are_the_regularizers_that_the_paper_compares():
         "sparse_group_lasso": tk.prox(v, 0.5, penalty="l1", group_by=1, mu=0.5),
         "tl1": tk.prox(v, 0.5),
         "integrated_tl1": tk.prox(v, 0.5, group_by=1, mu=0.5),
+        "cges": tk.prox(v, 0.5, penalty="cges", group_by=1, mu=0.5),
     }
     assert want.keys() == tk.PRESETS.keys()
     for name, options in tk.PRESETS.items():

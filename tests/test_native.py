@@ -103,6 +103,32 @@ def test_every_path_agrees_with_the_reference(build, name, dtype):
         assert_near(got, want, ulps, v)
 
 
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("penalty", "tau"), [("cges", None), ("l1_minus_l2", 1.0), ("l1_minus_l2", 10.0)]
+)
+def test_every_path_of_a_penalty_of_whole_groups(build, name, dtype, penalty, tau):
+    """For l1 - l2 both where groups have weights beyond tau and where they have none."""
+    shape, group_by, _ = VIEWS[name]
+    v = torch.randn(shape).to(dtype)
+    view = view_of(v, group_by)
+    tau = tau or 0.6 / view.group_size
+    lasso = 0.3 * math.sqrt(view.group_size) if tau < 10 else 0.0
+    options = {"lam": tau + lasso, "mu": tau / (tau + lasso)}
+    options |= {"penalty": penalty, "group_by": group_by}
+    got, want = (on(b, tk.prox, v, 1.0, **options) for b in ("cpu", "reference"))
+    assert (got != 0).any()
+    magnified = 1.0
+    if penalty == "l1_minus_l2":  # a short soft-thresholded group is scaled up
+        z = view.split((v.double().abs() - tau).clamp(min=0))
+        norms = torch.linalg.vector_norm(z, dim=(1, 3), keepdim=True).expand_as(z)
+        magnified = 1 + tau / view.join(norms, v.shape).clamp(min=1e-9)
+    # Up to 50,001 squares of a column are added one after the other.
+    ulps = {torch.float32: 8, torch.float64: 256}.get(dtype, 1)
+    assert_near(got, want, ulps, v.abs().clamp(min=1) * magnified)
+
+
 @pytest.mark.parametrize("name", ["rows", "columns", "input channels 3x3", "a whole layer"])
 @pytest.mark.parametrize("kind", [tk.ProxSGD, tk.ProxAdamW])
 def test_state_is_updated_once_on_every_path(build, name, kind):
@@ -228,13 +254,19 @@ def many(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_by", ["auto", "layer", -1])
-def test_the_same_bits_for_any_number_of_threads_and_run_after_run(build, threads, dtype, group_by):
+@pytest.mark.parametrize(
+    ("group_by", "penalty"),
+    [("auto", "tl1"), ("layer", "tl1"), (-1, "tl1"), ("auto", "cges"), ("layer", "l1_minus_l2")],
+)
+def test_the_same_bits_for_any_number_of_threads_and_run_after_run(
+    build, threads, dtype, group_by, penalty
+):
     results = []
     for n in (1, 2, 4, 2):
         threads(n)
         params = many(dtype)
-        optimizer = tk.ProxAdamW(params, lr=0.1, lam=0.3, group_by=group_by, min_ndim=1)
+        options = {"group_by": group_by, "penalty": penalty, "min_ndim": 1}
+        optimizer = tk.ProxAdamW(params, lr=0.1, lam=0.3, **options)
         for _ in range(2):
             optimizer.step()
         state = [optimizer.state[p][name] for p in params for name in ("exp_avg", "exp_avg_sq")]

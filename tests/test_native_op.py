@@ -62,7 +62,7 @@ def counted(steps):
         ({"state": [torch.ones(2, 3)]}, "state must have 0 tensors a parameter"),
         ({"rule": "sgd_momentum"}, "state must have 1 tensors a parameter"),
         ({"rule": "newton"}, "rule must be one of 'assign', 'sgd'.*got 'newton'"),
-        ({"penalty": "ridge"}, "penalty must be one of 'l1', 'tl1', got 'ridge'"),
+        ({"penalty": "ridge"}, "penalty must be one of 'l1', 'tl1', .*, got 'ridge'"),
         ({"views": torch.tensor([[1, 1, 2, 4]])}, "views must have the number of elements"),
         ({"views": torch.tensor([[-1, 1, -2, 3]])}, "views must have the number of elements"),
         ({"views": torch.tensor([[1, 1, -2, -3]])}, "views must have the number of elements"),

@@ -15,6 +15,7 @@ import tl1kernels as tk
 from tl1kernels.backends import native
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_the_installed_library_loads_beside_this_torch():
 
 
 def test_the_readmes_commands_are_the_makefiles():
-    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    readme, makefile = README, (ROOT / "Makefile").read_text()
     for target in ("demo", "test"):
         assert f"make {target}" in readme
         assert re.search(rf"^{target}: ", makefile, re.MULTILINE)
@@ -82,6 +83,12 @@ def test_the_readmes_tables_are_rendered_from_the_results():
     command = [sys.executable, str(ROOT / "bench" / "readme.py"), "--check"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_readme_lists_every_penalty_with_its_shape():
+    rows = re.findall(r'^\| `"(\w+)"` \|.*?[^\\]\| ([\d.]*)[^|]*\| [^|]*\|$', README, re.MULTILINE)
+    default = {name: row.a for name, row in tk.PENALTIES.items()}
+    assert {name: float(a) if a else None for name, a in rows} == default
 
 
 def test_the_version_is_one():

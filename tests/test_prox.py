@@ -14,10 +14,10 @@ from skglm.penalties import L0_5, L2_3, SCAD, LogSumPenalty, MCPenalty
 from skglm.penalties.block_separable import WeightedGroupL2, WeightedL1GroupL2
 
 import tl1kernels as tk
-from tests.common import allowed_shape, rounding
+from tests.common import COUPLED, ELEMENTWISE, ON_THE_REFERENCE_ALONE, allowed_shape, rounding
 from tests.strategies import has_view, tensors
 from tl1kernels import oracles
-from tl1kernels.backends import asked_for, reference, triton_launch
+from tl1kernels.backends import asked_for, native, reference, triton_launch
 from tl1kernels.backends.reference import tl1_threshold
 from tl1kernels.plan import FLOAT_DTYPES as DTYPES
 from tl1kernels.verify import GROUPINGS
@@ -26,13 +26,17 @@ pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 def test_every_penalty_of_the_registry_is_everywhere():
-    assert reference.PROX.keys() == {None, *tk.PENALTIES}
-    assert oracles.ORACLES.keys() == tk.PENALTIES.keys()
+    every = {None, *tk.PENALTIES}
+    assert reference.PROX.keys() == every
+    assert oracles.ORACLES.keys() == set(ELEMENTWISE)
+    assert oracles.COUPLED.keys() == set(COUPLED)
+    if native.unavailable() is None:
+        assert {None, *native.penalties()} == every - ON_THE_REFERENCE_ALONE["cpu"]
     if importlib.util.find_spec("triton"):
-        assert triton_launch.penalties().keys() == {None, *tk.PENALTIES}
+        assert triton_launch.penalties().keys() == every - ON_THE_REFERENCE_ALONE["triton"]
 
 
-@pytest.mark.parametrize("name", tk.PENALTIES)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_values_agree_with_the_oracle(name):
     w = torch.linspace(-3, 3, 61, dtype=torch.float64)
     for shape in (1e-3, 0.5, 1.0, 1e6):
@@ -49,7 +53,10 @@ SHAPES = (1e-3, 0.1, 1.0, 37.0, 1e6)
 OFFSETS = (-1e-1, -1e-6, 1e-6, 1e-3, 1e-1, 1.0, 1e3)
 
 
-SHAPED = [(name, a) for name, row in tk.PENALTIES.items() for a in SHAPES[: 5 if row.a else 1]]
+SHAPED = [
+    *(("tl1", a) for a in SHAPES),
+    *((name, a) for name in ELEMENTWISE[1:] for a in SHAPES[:: 2 if tk.PENALTIES[name].a else 5]),
+]
 
 
 @pytest.mark.parametrize(("name", "shape"), SHAPED)
@@ -208,7 +215,7 @@ def test_group_lasso_and_sparse_group_lasso_agree_with_skglm(mu, group_weight):
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_prox_of_any_dense_tensor_is_eq_22(data, dtype):
     v = data.draw(tensors(min_dims=2)).to(dtype)
-    penalty = data.draw(st.sampled_from([None, *tk.PENALTIES]))
+    penalty = data.draw(st.sampled_from([None, *ELEMENTWISE]))
     group_by = data.draw(st.sampled_from([*GROUPINGS, "auto"]))
     options = {
         "lam": data.draw(st.floats(0, 5)),
@@ -268,7 +275,7 @@ def bits(tensor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("penalty", [None, *tk.PENALTIES])
+@pytest.mark.parametrize("penalty", [None, *ELEMENTWISE])
 def test_dead_weights_are_plus_zero(dtype, penalty):
     tiny = torch.finfo(dtype).smallest_normal
     v = torch.tensor(
@@ -322,7 +329,7 @@ def test_sixteen_bits_are_rounded_once(dtype, each_backend):
                 assert abs(p.item() - value) <= torch.finfo(dtype).eps, (value, want)
 
 
-@pytest.mark.parametrize("penalty", tk.PENALTIES)
+@pytest.mark.parametrize("penalty", ELEMENTWISE)
 def test_nan_stays_nan_and_spoils_its_group_only(penalty):
     v = torch.ones(3, 4)
     v[1, 2] = math.nan
@@ -334,7 +341,7 @@ def test_nan_stays_nan_and_spoils_its_group_only(penalty):
     assert grouped[1].isnan().all()
 
 
-@pytest.mark.parametrize("penalty", tk.PENALTIES)
+@pytest.mark.parametrize("penalty", ELEMENTWISE)
 def test_infinity_stays_infinite(penalty):
     v = torch.tensor([math.inf, -math.inf, 1.0])
     assert tk.prox(v, 0.1, penalty=penalty)[:2].tolist() == [math.inf, -math.inf]
@@ -352,7 +359,7 @@ def test_empty_and_scalar_tensors():
 @given(data=st.data())
 def test_penalty_value_is_the_sum_that_it_says(data):
     w = data.draw(tensors(min_dims=2))
-    penalty = data.draw(st.sampled_from([None, *tk.PENALTIES]))
+    penalty = data.draw(st.sampled_from([None, *ELEMENTWISE]))
     group_by = data.draw(st.sampled_from(GROUPINGS))
     lam, mu, a = (data.draw(st.floats(0.1, 1)) for _ in range(3))
     a = allowed_shape(penalty, a, 0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tl1kernels import PENALTIES
+from tests.common import ELEMENTWISE
 from tl1kernels.backends import triton_launch
 from tl1kernels.plan import FLOAT_DTYPES as DTYPES
 
@@ -33,12 +33,15 @@ def _cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("penalty", [None, *PENALTIES])
-@pytest.mark.parametrize("rule", STATES)
-def test_every_rule_and_penalty_is_a_binary_for_every_gpu(target, penalty, rule):
+@pytest.mark.parametrize(
+    ("rule", "penalty"),
+    [(rule, "tl1") for rule in STATES] + [("sgd", name) for name in (None, *ELEMENTWISE)],
+)
+def test_every_rule_and_penalty_is_a_binary_for_every_gpu(target, rule, penalty):
     """With the tiles, and the dtypes, in turn."""
     gpu = TARGETS[target]
-    i = list(STATES).index(rule) + list(TARGETS).index(target) + [None, *PENALTIES].index(penalty)
+    i = list(STATES).index(rule) + list(TARGETS).index(target)
+    i += [None, *ELEMENTWISE].index(penalty)
     dtype = DTYPES[i % 4]
     tile = ("flat", "columns first", "columns second", "long first", "long second")[i % 5]
     code = triton_sass.compiled(tile, rule, penalty, dtype, target=gpu)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl1kernels.penalties import Regularizer, number
+from tl1kernels.penalties import PENALTIES, Regularizer, number
 from tl1kernels.views import GroupBy, view_of
 
 # Modules whose weight may be a matrix and is not a layer's: scales by position, rows by token.
@@ -65,7 +65,8 @@ def param_groups(
     for index, (name, module, weight) in enumerate(weights):
         by = _neurons(module, group_by)
         view = view_of(weight, by)
-        scheduled = mu is None and penalty is not None and view.grouped
+        shares = penalty is not None and PENALTIES[penalty].mu is None
+        scheduled = mu is None and shares and view.grouped
         depth = index / (len(weights) - 1) if len(weights) > 1 else 0.5
         mu_l = mu_min + (1 - 2 * mu_min) * depth if scheduled else mu
         groups.append({"params": [weight], "name": name, **options, "mu": mu_l, "group_by": by})

@@ -215,6 +215,83 @@ ORACLES: dict[str, Oracle] = {
 """By name of the penalty; the tests hold it against the registry."""
 
 
+@dataclass(frozen=True)
+class Coupled:
+    """The same of a penalty of whole groups, in float64 or better.
+
+    Attributes:
+        value: (w_g, weight) -> the weighted penalty of one group.
+        published: (v_g, step, weight, group) -> w_g after the weight `group` of its l2 norm too.
+        condition: (v_g, step * weight) -> by how much rounding is magnified, about.
+    """
+
+    value: Callable[[np.ndarray, float], float]
+    published: Callable[[np.ndarray, float, float, float], np.ndarray]
+    condition: Callable[[np.ndarray, float], float] = lambda v, tau: 1.0
+
+
+def _norm(w: np.ndarray) -> float:
+    return float(np.sqrt(np.sum(np.square(w, dtype=np.longdouble))))
+
+
+def _shrunk(w: np.ndarray, tau: float) -> np.ndarray:
+    norm = _norm(w)
+    return w * max(0.0, 1 - tau / norm) if norm > 0 else w
+
+
+def _l1_minus_l2_published(v: np.ndarray, step: float, weight: float, group: float) -> np.ndarray:
+    """Lou & Yan 2018, lemma 1 with alpha = 1, case by case."""
+    tau, largest = step * weight, int(np.argmax(np.abs(v)))
+    if abs(v[largest]) > tau:
+        z = np.sign(v) * np.maximum(np.abs(v) - tau, 0)
+        w = z * ((_norm(z) + tau) / _norm(z))
+    else:
+        w = np.zeros_like(v)
+        w[largest] = v[largest]
+    return _shrunk(w, step * group)
+
+
+def _l1_minus_l2_condition(v: np.ndarray, tau: float) -> float:
+    """Return 1 + tau / ||z||_2: a short z is scaled up by that."""
+    norm = _norm(np.maximum(np.abs(v) - tau, 0))
+    return 1 + tau / norm if norm > 0 else 1.0
+
+
+def _exclusive_published(v: np.ndarray, step: float, weight: float, group: float) -> np.ndarray:
+    """Kowalski 2009, prop. 4: a soft threshold at tau ||w||_1, found by bisection."""
+    tau, size = step * weight, np.abs(v).astype(np.longdouble)
+    low, high = np.longdouble(0), tau * size.sum()
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = tau * np.maximum(size - middle, 0).sum() > middle
+        low, high = (middle, high) if above else (low, middle)
+    return _shrunk(np.sign(v) * np.maximum(size - high, 0).astype(np.float64), step * group)
+
+
+def _cges_published(v: np.ndarray, step: float, weight: float, group: float) -> np.ndarray:
+    """Yoon & Hwang 2017, eqs. 9 and 10, one after the other."""
+    w = _shrunk(v, step * group)
+    return np.sign(w) * np.maximum(np.abs(w) - step * weight * np.abs(w).sum(), 0)
+
+
+COUPLED: dict[str, Coupled] = {
+    "l1_minus_l2": Coupled(
+        value=lambda w, weight: weight * (float(np.abs(w).sum()) - _norm(w)),
+        published=_l1_minus_l2_published,
+        condition=_l1_minus_l2_condition,
+    ),
+    "exclusive": Coupled(
+        value=lambda w, weight: weight / 2 * float(np.abs(w).sum()) ** 2,
+        published=_exclusive_published,
+    ),
+    "cges": Coupled(
+        value=lambda w, weight: weight / 2 * float(np.abs(w).sum()) ** 2,
+        published=_cges_published,
+    ),
+}
+"""By name, as `ORACLES`."""
+
+
 def prox_by_definition(v: float, step: float, weight: float, penalty: str, a: float) -> mpf:
     """Return argmin over w of (w - v)^2 / 2 + step * penalty(w), to about 20 digits.
 
@@ -307,9 +384,12 @@ def prox_as_published(
     group_by: str | int | None,
     group_weight: str | None = None,
 ) -> np.ndarray:
-    """Return the last two lines of eq. 22 in float64: threshold, then shrinkage by group."""
+    """Return the last two lines of eq. 22 in float64: threshold, then shrinkage by group.
+
+    For a penalty of whole groups, what its authors have in place of the threshold.
+    """
     t = v.astype(np.float64)
-    if penalty is not None:
+    if penalty is not None and penalty not in COUPLED:
         formula = np.vectorize(prox_by_formula, otypes=[np.float64])
         t = formula(t, step, lam * mu, penalty, a)
     if group_by is None:
@@ -318,7 +398,23 @@ def prox_as_published(
     w = np.empty_like(t)
     for group in range(index.max() + 1):
         members = index == group
-        norm = float(np.sqrt(np.sum(np.square(t[members], dtype=np.longdouble))))
-        c = step * lam * (1 - mu) * (np.sqrt(members.sum()) if group_weight == "sqrt" else 1.0)
-        w[members] = t[members] * max(0.0, 1 - c / norm) if norm > 0 else 0.0
+        weight = lam * (1 - mu) * (np.sqrt(members.sum()) if group_weight == "sqrt" else 1.0)
+        if penalty in COUPLED:
+            w[members] = COUPLED[penalty].published(t[members], step, lam * mu, weight)
+        else:
+            w[members] = _shrunk(t[members], step * weight)
     return w
+
+
+def condition(
+    v: np.ndarray, step: float, weight: float, penalty: str, a: float, group_by: str | int | None
+) -> np.ndarray:
+    """Return by how much the prox magnifies rounding of each of the weights v, about."""
+    if penalty not in COUPLED:
+        return np.vectorize(ORACLES[penalty].condition)(np.abs(v), step, weight, a)
+    index = group_index(v.shape, group_by)
+    of_group = [
+        COUPLED[penalty].condition(v[index == group], step * weight)
+        for group in range(index.max() + 1)
+    ]
+    return np.array(of_group)[index]

@@ -32,6 +32,9 @@ class Penalty:
             (blocks, outer, groups, inner), differentiable. It gets the weight because some
             penalties (SCAD, MCP) are not a weight times a function of w.
         a: the shape where none is given; None where it does not depend on one.
+        coupled: whether the term is of each group's weights together, not of single weights.
+        mu: its share of lam, where groups are there too and none is given; None for 1/2, or the
+            schedule of `param_groups`.
         check: (a, step) -> what is wrong with this shape at this step size, or None.
     """
 
@@ -39,6 +42,8 @@ class Penalty:
     source: str
     value: Callable[[Tensor, float, float], Tensor]
     a: float | None = None
+    coupled: bool = False
+    mu: float | None = None
     check: Callable[[float, float], str | None] = lambda a, step: None
 
 
@@ -53,6 +58,15 @@ def _mcp(w: Tensor, weight: float, a: float) -> Tensor:
     size = w.abs()
     inner = weight * size - size.square() / (2 * a)
     return torch.where(size <= a * weight, inner, a * weight**2 / 2).sum()
+
+
+def _exclusive(w: Tensor, weight: float, a: float) -> Tensor:
+    return weight / 2 * w.abs().sum(dim=(1, 3)).square().sum()
+
+
+def _l1_minus_l2(w: Tensor, weight: float, a: float) -> Tensor:
+    norms = torch.linalg.vector_norm(w, dim=(1, 3))
+    return weight * (w.abs().sum() - norms.sum())
 
 
 PENALTIES: dict[str, Penalty] = {
@@ -106,6 +120,25 @@ PENALTIES: dict[str, Penalty] = {
             "|w|^(2/3): Krishnan & Fergus 2009; Cao, Sun & Xu 2013",
             lambda w, weight, a: weight * w.abs().pow(2 / 3).sum(),
         ),
+        Penalty(
+            "l1_minus_l2",
+            "||w_g||_1 - ||w_g||_2 of each group: Lou & Yan 2018",
+            _l1_minus_l2,
+            coupled=True,
+            mu=1.0,
+        ),
+        Penalty(
+            "exclusive",
+            "||w_g||_1^2 / 2 of each group: Zhou, Jin & Hoi 2010",
+            _exclusive,
+            coupled=True,
+        ),
+        Penalty(
+            "cges",
+            "the same, by the step of combined group and exclusive sparsity: Yoon & Hwang 2017",
+            _exclusive,
+            coupled=True,
+        ),
     )
 }
 """By name. `rho_a` is the value at weight 1; where it is a multiple of the weight, any weight's."""
@@ -114,6 +147,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "l1": {"penalty": "l1", "group_by": None},
     "group_lasso": {"penalty": None, "group_by": "auto"},
     "sparse_group_lasso": {"penalty": "l1", "group_by": "auto"},
+    "cges": {"penalty": "cges", "group_by": "auto"},
     "tl1": {"penalty": "tl1", "group_by": None},
     "integrated_tl1": {"penalty": "tl1", "group_by": "auto"},
 }
@@ -196,6 +230,8 @@ class Regularizer:
         if reg.mu is not None and not 0 <= reg.mu <= 1:
             raise ValueError(f"mu must be None or in [0, 1], got {reg.mu}")
         check_group_by(reg.group_by)
+        if reg.group_by is None and reg.penalty is not None and PENALTIES[reg.penalty].coupled:
+            raise ValueError(f"group_by must not be None with penalty={reg.penalty!r}")
         if reg.group_weight not in (None, "sqrt"):
             raise ValueError(f"group_weight must be None or 'sqrt', got {reg.group_weight!r}")
         return reg
@@ -204,14 +240,16 @@ class Regularizer:
         """Return the weights of the two terms on a tensor with this view.
 
         mu=None gives the whole of lam to the one term that is there, and half of it to each
-        where both are. A term that is absent (penalty=None, or no groups) weighs nothing.
+        where both are (`Penalty.mu`). A term that is absent (penalty=None, or no groups) weighs
+        nothing.
         """
         if self.mu is not None:
             mu = self.mu
         elif not view.grouped:
             mu = 1.0
         else:
-            mu = 0.0 if self.penalty is None else 0.5
+            share = PENALTIES[self.penalty].mu if self.penalty else 0.0
+            mu = 0.5 if share is None else share
         lam, scale = (1.0, self.lam) if isinstance(self.lam, Tensor) else (self.lam, None)
         elementwise = lam * mu if self.penalty is not None else 0.0
         group = lam * (1 - mu) if view.grouped else 0.0

@@ -22,6 +22,7 @@ from tl1kernels.functional import prox
 from tl1kernels.optim import ProxAdam, ProxAdamW, ProxSGD
 from tl1kernels.penalties import PENALTIES
 from tl1kernels.plan import FLOAT_DTYPES
+from tl1kernels.views import GroupBy
 
 _CPU = torch.device("cpu")
 
@@ -235,6 +236,12 @@ def random_shape(
             return a
 
 
+def _groupings(penalty: str | None) -> Sequence[GroupBy]:
+    """Return the values of `group_by` that go with a penalty."""
+    coupled = penalty is not None and PENALTIES[penalty].coupled
+    return [by for by in GROUPINGS if by is not None or not coupled]
+
+
 def _thresholds(
     generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
 ) -> Iterator[Check]:
@@ -242,7 +249,8 @@ def _thresholds(
 
     All in one step of SGD with gradients of 0, a param group for each weight.
     """
-    for name, (dtype, bound) in product(filter(None, penalties), bounds.prox.items()):
+    elementwise = [name for name in penalties if name in oracles.ORACLES]
+    for name, (dtype, bound) in product(elementwise, bounds.prox.items()):
         cases = list(hard_cases(name, generator, 100))
         inputs = [torch.tensor([v], dtype=dtype) for v, *_ in cases]
         groups = [
@@ -267,7 +275,7 @@ def _groups(
     """Thresholds with groups on random tensors against eq. 22 written as loops."""
     for penalty in penalties:
         errors: list[Any] = []
-        for group_by, group_weight in product(GROUPINGS, (None, "sqrt")):
+        for group_by, group_weight in product(_groupings(penalty), (None, "sqrt")):
             shape = tuple(int(n) for n in generator.integers(2, 6, size=4))
             v = generator.normal(size=shape)
             options: dict[str, Any] = {
@@ -314,7 +322,7 @@ def _steps(
     for name, penalty, dtype in product(RULES, penalties, FLOAT_DTYPES):
         ours, torchs, options = RULES[name]
         starts, gradients, groups = [], [], []
-        for group_by in GROUPINGS:
+        for group_by in _groupings(penalty):
             shape = tuple(int(n) for n in generator.integers(2, 4, size=4))
             starts.append(torch.from_numpy(generator.normal(size=shape)).to(dtype))
             gradients.append(torch.from_numpy(generator.normal(size=shape)).to(dtype))
@@ -335,11 +343,12 @@ def _steps(
             # What the update rule cancels it cannot give back.
             errors = _ulps(got, want, np.maximum(np.abs(v), start.double().abs().numpy()))
             if penalty is not None and (dtype == torch.float64 or bounds is not ROUNDED_ONCE):
-                oracle = oracles.ORACLES[penalty]
-                terms = 0.1, group["lam"] * group["mu"], group["a"]
-                errors = errors / np.vectorize(oracle.condition)(np.abs(v), *terms)
+                terms = 0.1, group["lam"] * group["mu"]
+                of = {"penalty": penalty, "a": group["a"], "group_by": group["group_by"]}
+                errors = errors / oracles.condition(v, *terms, **of)
                 # So near a jump v's own rounding decides on which side a weight is.
-                for kink in oracle.kinks(*terms):
+                elementwise = oracles.ORACLES.get(penalty)
+                for kink in elementwise.kinks(*terms, group["a"]) if elementwise else ():
                     near = np.abs(np.abs(v) - kink) <= 4 * torch.finfo(dtype).eps * kink
                     errors = np.where(near, 0, errors)
             row = f"{penalty or 'no penalty'}, group_by={group['group_by']}"

@@ -67,7 +67,7 @@ def rejects(batch: Batch) -> str | None:
     """Return why the library cannot run this batch; None if it can."""
     if batch.device.type != "cpu":
         return f"it has no kernels for {batch.device.type}"
-    if batch.penalty is not None and batch.penalty not in _penalties():
+    if batch.penalty is not None and batch.penalty not in penalties():
         return f"it has no penalty {batch.penalty!r}"
     if batch.stochastic:
         return "stochastic rounding"
@@ -133,7 +133,9 @@ def _scalar_names() -> tuple[str, ...]:
 
 
 @cache
-def _penalties() -> frozenset[str]:
+def penalties() -> frozenset[str]:
+    """Return the names of the penalties that the library has."""
+    load()
     return frozenset(torch.ops.tl1kernels.penalty_names().split())
 
 

@@ -192,28 +192,82 @@ def l_two_thirds(v: Tensor, step: float, weight: float, a: float) -> Tensor:
 Prox = Callable[[Tensor, float, Terms], Tensor]
 
 
-def shrink_groups(t: Tensor, tau: float) -> Tensor:
-    """Return t_g * max(0, 1 - tau / ||t_g||_2) for every group g, 0 where the norm is 0."""
-    if t.numel() == 0:
-        return t
+def group_norms(t: Tensor) -> Tensor:
+    """Return ||t_g||_2 for every group g, (blocks, 1, groups, 1)."""
     # In units of the largest magnitude no square over- or underflows.
     largest = t.abs().amax(dim=(1, 3), keepdim=True)
     unit = torch.where((largest == 0) | largest.isinf(), 1.0, largest)
-    norms = unit * (t / unit).square().sum(dim=(1, 3), keepdim=True).sqrt()
+    return unit * (t / unit).square().sum(dim=(1, 3), keepdim=True).sqrt()
+
+
+def shrink_groups(t: Tensor, tau: float) -> Tensor:
+    """Return t_g * max(0, 1 - tau / ||t_g||_2) for every group g, 0 where the norm is 0."""
+    norms = group_norms(t)
     # `<=` first, so that a norm of 0 is never divided by, and a NaN stays NaN.
     return t * torch.where(norms <= tau, 0.0, 1 - tau / norms)
+
+
+def grouped(prox: Prox) -> Prox:
+    """Return a prox, then group shrinkage."""
+
+    def both(v: Tensor, step: float, terms: Terms) -> Tensor:
+        t = prox(v, step, terms)
+        return shrink_groups(t, step * terms.group) if step * terms.group > 0 else t
+
+    return both
 
 
 def thresholded(threshold: Callable[[Tensor, float, float, float], Tensor] | None) -> Prox:
     """Return the last two lines of eq. 22: a threshold (None for none), then group shrinkage."""
 
     def prox(v: Tensor, step: float, terms: Terms) -> Tensor:
-        t = v
-        if threshold is not None:
-            t = threshold(v.abs(), step, terms.elementwise, terms.a).copysign(v)
-        return shrink_groups(t, step * terms.group) if step * terms.group > 0 else t
+        if threshold is None:
+            return v
+        return threshold(v.abs(), step, terms.elementwise, terms.a).copysign(v)
 
-    return prox
+    return grouped(prox)
+
+
+def l1_minus_l2(v: Tensor, step: float, terms: Terms) -> Tensor:
+    """Return the prox of ||w_g||_1 - ||w_g||_2 (Lou & Yan 2018, lemma 1, alpha = 1).
+
+    A soft threshold at tau, and the group scaled up to its norm + tau. Where nothing is beyond the
+    threshold, the largest weight (of equal ones the first in memory) stays as it is, and alone.
+    """
+    tau = step * terms.elementwise
+    size = v.abs()
+    soft = (size - tau).clamp(min=0)
+    norms = group_norms(soft)
+    flat = size.permute(0, 2, 1, 3).flatten(2)
+    first = torch.zeros_like(flat).scatter_(2, flat.argmax(2, keepdim=True), 1.0)
+    blocks, outer, groups, inner = v.shape
+    first = first.reshape(blocks, groups, outer, inner).permute(0, 2, 1, 3)
+    grown = soft * (1 + tau / torch.where(norms == 0, 1.0, norms))
+    return torch.where(size.amax(dim=(1, 3), keepdim=True) <= tau, first * size, grown).copysign(v)
+
+
+def exclusive(v: Tensor, step: float, terms: Terms) -> Tensor:
+    """Return the prox of ||w_g||_1^2 / 2: a soft threshold at tau ||w_g||_1.
+
+    That is the largest of tau S_k / (1 + tau k), S_k the sum of the group's k largest magnitudes.
+    """
+    tau, size = step * terms.elementwise, v.abs()
+    falling = size.permute(0, 2, 1, 3).flatten(2).sort(dim=2, descending=True).values
+    k = torch.arange(1, falling.shape[2] + 1, dtype=v.dtype, device=v.device)
+    cuts = (tau * falling.cumsum(2) / (1 + tau * k)).amax(2)
+    return (size - cuts[:, None, :, None]).clamp(min=0).copysign(v)
+
+
+def cges(v: Tensor, step: float, terms: Terms) -> Tensor:
+    """Return the step of combined group and exclusive sparsity, as its authors' code takes it.
+
+    Yoon & Hwang 2017: groups shrink first; then a soft threshold at tau ||w_g||_1 with the norm
+    that the shrunk group had before, where the prox of ||w_g||_1^2 / 2 has the norm after it.
+    """
+    w = shrink_groups(v, step * terms.group) if step * terms.group > 0 else v
+    size = w.abs()
+    cut = step * terms.elementwise * size.sum(dim=(1, 3), keepdim=True)
+    return (size - cut).clamp(min=0).copysign(v)
 
 
 PROX: dict[str | None, Prox] = {
@@ -227,6 +281,9 @@ PROX: dict[str | None, Prox] = {
     "capped_l1": thresholded(capped_l1),
     "l_half": thresholded(l_half),
     "l_two_thirds": thresholded(l_two_thirds),
+    "l1_minus_l2": grouped(l1_minus_l2),
+    "exclusive": grouped(exclusive),
+    "cges": cges,
 }
 
 
@@ -247,7 +304,7 @@ def _run_entry(
     state = {name: entry.state[name].to(torch.float64, copy=True) for name in entry.state}
     w = _updated(rule, p.to(torch.float64), gradient, state, scalars)
     regularized = terms.elementwise > 0 or terms.group > 0
-    if regularized:
+    if regularized and w.numel() > 0:
         w = view.join(PROX[penalty](view.split(w), scalars["lr"], terms), p.shape)
     for name, stored in entry.state.items():
         stored.copy_(state[name])

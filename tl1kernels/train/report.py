@@ -28,6 +28,7 @@ TITLES = {
     "l1": "l1",
     "group_lasso": "group lasso",
     "sparse_group_lasso": "sparse group lasso",
+    "cges": "CGES",
     "tl1": "TL1",
     "integrated_tl1": "integrated TL1",
 }

@@ -1,0 +1,196 @@
+"""Penalties of whole groups: their definitions and edge cases, on every backend that has them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+import tl1kernels as tk
+from tests.common import COUPLED, ON_THE_REFERENCE_ALONE, assert_near
+from tests.strategies import has_view, tensors
+from tl1kernels import backends, oracles
+from tl1kernels.plan import FLOAT_DTYPES as DTYPES
+from tl1kernels.verify import GROUPINGS
+
+PROXIMAL = ("l1_minus_l2", "exclusive")  # CGES is a step, not the prox of what it goes by
+
+
+@pytest.fixture(params=COUPLED)
+def penalty(request, each_backend):
+    if request.param in ON_THE_REFERENCE_ALONE[each_backend]:
+        pytest.skip(f"{each_backend} has no {request.param}; see the next test")
+    return request.param
+
+
+def test_a_backend_without_the_penalty_says_so_when_it_is_asked_for(each_backend):
+    for name in ON_THE_REFERENCE_ALONE[each_backend]:
+        with pytest.raises(RuntimeError, match=f"'{each_backend}' .* no penalty '{name}'"):
+            tk.prox(torch.randn(3, 4), 0.1, penalty=name, group_by="in")
+
+
+@pytest.mark.parametrize("name", PROXIMAL)
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_prox_is_a_minimum_of_its_definition(name, n):
+    """No search from many starts, on every choice of zeros among them, finds a better one."""
+    generator = np.random.default_rng(n)
+    value = oracles.COUPLED[name].value
+    for tau in (0.03, 0.3, 1.0, 3.0):
+        v = generator.normal(size=n)
+
+        def objective(w, v=v, tau=tau):
+            return np.square(w - v).sum() / 2 + value(w, tau)
+
+        x = torch.from_numpy(v)[None]
+        got = tk.prox(x, tau, penalty=name, mu=1.0, group_by="out", backend="reference")
+        reached = objective(got.numpy()[0])
+        for support in range(1 << n):
+            there = np.array([(support >> i) & 1 for i in range(n)], dtype=bool)
+            for scale in (1.0, 0.3):
+
+                def on_support(u, there=there):
+                    w = np.zeros(n)
+                    w[there] = u
+                    return objective(w)
+
+                start = scale * v[there]
+                least = objective(np.zeros(n))
+                if there.any():
+                    least = minimize(on_support, start, method="Nelder-Mead", tol=1e-12).fun
+                assert reached <= least + 1e-9, (tau, v, there)
+
+
+@given(data=st.data())
+def test_the_value_is_the_sum_over_groups(data):
+    w = data.draw(tensors(min_dims=2))
+    name = data.draw(st.sampled_from(COUPLED))
+    group_by = data.draw(st.sampled_from([by for by in GROUPINGS if by is not None]))
+    if not has_view(w, group_by):
+        return
+    options = {"lam": 0.7, "mu": 0.4, "penalty": name, "group_by": group_by}
+    index = oracles.group_index(tuple(w.shape), group_by)
+    members = [w.numpy()[index == g] for g in range(index.max() + 1)]
+    want = sum(
+        oracles.COUPLED[name].value(group, 0.28) + 0.42 * np.linalg.norm(group) for group in members
+    )
+    assert tk.penalty_value(w, **options).item() == pytest.approx(want, rel=1e-12, abs=1e-12)
+
+
+@given(data=st.data(), dtype=st.sampled_from(DTYPES))
+@pytest.mark.usefixtures("each_backend")
+def test_any_dense_tensor_is_what_its_authors_say_group_by_group(data, dtype):
+    lacking = ON_THE_REFERENCE_ALONE[backends.asked_for()]
+    penalties = [name for name in COUPLED if name not in lacking]
+    if not penalties:
+        return
+    penalty = data.draw(st.sampled_from(penalties))
+    v = data.draw(tensors(min_dims=2)).to(dtype)
+    group_by = data.draw(st.sampled_from([by for by in (*GROUPINGS, "auto") if by is not None]))
+    if not has_view(v, group_by):
+        return
+    options = {
+        "lam": data.draw(st.floats(0, 5)),
+        "mu": data.draw(st.floats(0, 1)),
+        "penalty": penalty,
+        "group_by": group_by,
+        "group_weight": data.draw(st.sampled_from([None, "sqrt"])),
+    }
+    got = tk.prox(v, 0.3, **options).double().numpy()
+    x = v.double().numpy()
+    want = oracles.prox_as_published(x, 0.3, a=1.0, **options)
+    terms = 0.3, options["lam"] * options["mu"]
+    magnified = oracles.condition(x, *terms, penalty, 1.0, group_by)
+    sizes = np.abs(x).max() if x.size else 0.0  # a group's sum rounds with the largest of it
+    # float32 arithmetic, or float64's; then the store
+    limit = (8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps) * sizes * magnified
+    limit = limit + torch.finfo(dtype).eps * np.abs(want)
+    assert (np.abs(got - want) <= limit + torch.finfo(dtype).tiny).all()
+
+
+def test_groups_are_asked_for(penalty):
+    with pytest.raises(ValueError, match=rf"group_by must not be None with penalty='{penalty}'"):
+        tk.prox(torch.ones(2, 2), 0.1, penalty=penalty)
+    with pytest.raises(ValueError, match="group_by must not be None"):
+        tk.ProxSGD([torch.ones(2, 2)], lr=0.1, lam=1.0, penalty=penalty, group_by=None)
+
+
+def test_the_default_of_mu_and_the_schedule_of_layers():
+    v = torch.randn(4, 5)
+    for name, mu in (("l1_minus_l2", 1.0), ("exclusive", 0.5), ("cges", 0.5)):
+        options = {"penalty": name, "group_by": "out", "backend": "reference"}
+        assert torch.equal(tk.prox(v, 0.1, **options), tk.prox(v, 0.1, mu=mu, **options))
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    of = {
+        name: [g.get("mu") for g in tk.param_groups(net, lam=1.0, penalty=name)][:2]
+        for name in COUPLED
+    }
+    assert of == {"l1_minus_l2": [None, None], "exclusive": [0.2, 0.8], "cges": [0.2, 0.8]}
+
+
+@pytest.mark.parametrize("group_by", ["out", "in", "layer"])
+def test_of_equal_largest_weights_the_first_is_kept_alone(group_by, each_backend):
+    if "l1_minus_l2" in ON_THE_REFERENCE_ALONE[each_backend]:
+        pytest.skip("no kernel")
+    v = -torch.ones(70, 130)
+    v[3, 5] = 0.5
+    w = tk.prox(v, 2.0, penalty="l1_minus_l2", group_by=group_by)
+    want = torch.zeros_like(v)
+    if group_by == "out":
+        want[:, 0] = -1
+    elif group_by == "in":
+        want[0] = -1
+    else:
+        want[0, 0] = -1
+    assert torch.equal(w, want)
+    assert w[w == 0].view(torch.int32).eq(0).all()
+
+
+def test_a_nan_spoils_its_group_and_zeros_stay_plus_zero(penalty):
+    v = torch.randn(4, 100)
+    v[1, 2], v[2] = math.nan, -0.0
+    for step in (0.001, 5.0):
+        w = tk.prox(v, step, penalty=penalty, group_by="out")
+        assert w.isnan().any(1).tolist() == [False, True, False, False]
+        assert w[1].isnan().all()
+        assert w[2].view(torch.int32).eq(0).all()
+        assert w[w == 0].view(torch.int32).eq(0).all()
+
+
+def test_without_weight_it_is_the_group_lasso_and_without_both_nothing(penalty):
+    v = torch.randn(7, 90)
+    lasso = tk.prox(v, 0.5, penalty=None, group_by="in")
+    assert_near(tk.prox(v, 0.5, penalty=penalty, mu=0.0, group_by="in"), lasso, 2)
+    assert torch.equal(tk.prox(v, 0.0, penalty=penalty, mu=0.5, group_by="in"), v)
+    assert torch.equal(tk.prox(v, 0.5, lam=0.0, penalty=penalty, group_by="in"), v)
+
+
+def test_a_step_with_momentum_and_a_master(each_backend):
+    if "cges" in ON_THE_REFERENCE_ALONE[each_backend]:
+        pytest.skip("no kernel")
+    narrow = torch.randn(33, 65).bfloat16().requires_grad_()
+    wide = narrow.detach().float().requires_grad_()
+    options = {"lr": 0.05, "momentum": 0.9, "lam": 0.2, "penalty": "cges", "group_by": "in"}
+    mine = tk.ProxSGD([narrow], master_weights=True, **options)
+    theirs = tk.ProxSGD([wide], **options)
+    for _ in range(3):
+        narrow.grad = torch.randn(33, 65).bfloat16()
+        wide.grad = narrow.grad.float()
+        mine.step()
+        theirs.step()
+    assert torch.equal(mine.state[narrow]["master_param"], wide)
+    assert torch.equal(narrow, wide.bfloat16())
+    assert (narrow == 0).any()
+    assert (narrow != 0).any()
+
+
+def test_cges_groups_and_layer_weights_of_its_authors_can_be_expressed():
+    """Yoon & Hwang: linear weights by input unit, filters by (in, kh, kw), over the outputs."""
+    v = torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    w = tk.prox(v, 0.1, penalty="cges", mu=0.3, group_by="in_spatial", backend="reference")
+    for i, y, x in np.ndindex(4, 3, 3):
+        group = v[:, i, y, x].numpy()
+        want = oracles.COUPLED["cges"].published(group, 0.1, 0.3, 0.7)
+        np.testing.assert_allclose(w[:, i, y, x].numpy(), want, rtol=0, atol=1e-15)
