@@ -42,11 +42,13 @@ def prox(
         v: any shape; float32, float64, bfloat16 or float16.
         step: step size eta >= 0.
         lam: weight of the regularizer, >= 0.
-        penalty: elementwise penalty rho, a name of `PENALTIES`, or None for groups alone.
+        penalty: elementwise penalty rho, a name of `PENALTIES`, or None for groups alone. Where
+            `PENALTIES` says that it couples a group's weights, its own step takes the place of the
+            threshold.
         a: shape of the penalty, > 0. For "tl1", a -> 0 tends to l0 and a -> inf to l1. None: the
             penalty's own (`PENALTIES`), 1 for "tl1". "scad" needs a > 1 + step, "mcp" a > step.
-        mu: weight of the elementwise term, in [0, 1]; 1 - mu is the groups'. None: 1 without
-            groups, 0 without a penalty, 1/2 with both.
+        mu: weight of the penalty's term, in [0, 1]; 1 - mu is the groups'. None: 1 without
+            groups, 0 without a penalty, 1/2 with both (1 for "l1_minus_l2").
         group_by: "out" (dim 0), "in" (dim 1), "in_spatial" (dims 1 and up), "filter_slice"
             (dims 0 and 1), "layer" (all of `v`), an int dim, "auto" ("in" for matrices, "out"
             for more dims), or None for no groups.

@@ -39,10 +39,10 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
 
     Args:
         lam: weight of the regularizer, >= 0; 0 is torch's optimizer.
-        penalty: elementwise penalty, a name of `PENALTIES`, or None for groups alone.
+        penalty: a name of `PENALTIES`, or None for groups alone.
         a: shape of the penalty, > 0; None for the penalty's own.
-        mu: weight of the elementwise term, in [0, 1]; 1 - mu is the groups'. None: 1 without
-            groups, 0 without a penalty, 1/2 with both.
+        mu: weight of the penalty's term, in [0, 1]; 1 - mu is the groups'. None: 1 without
+            groups, 0 without a penalty, 1/2 with both (1 for "l1_minus_l2").
         group_by: which weights form a group, as in `prox`; None for no groups.
         group_weight: None, or "sqrt" to weigh a group by the square root of its size.
         min_ndim: tensors of fewer dims stay unregularized: 2 spares biases and norm scales. In
