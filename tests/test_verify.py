@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tl1kernels as tk
-from tests.common import COUPLED
+from tests.common import COUPLED, ON_THE_REFERENCE_ALONE
 from tl1kernels import backends, cli, oracles
 from tl1kernels.backends import reference
 from tl1kernels.penalties import Penalty
@@ -115,6 +115,22 @@ def test_json_from_the_command_line(capsys):
     assert report["passed"]
     assert report["seed"] == 1
     assert all(check["passed"] for check in report["checks"])
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_what_a_backend_lacks_is_said_and_not_passed(backend, monkeypatch, capsys):
+    reason = backends.BACKENDS[backend].unavailable()
+    if reason:
+        pytest.skip(reason)
+    for part in ("_thresholds", "_groups", "_rules", "_steps"):
+        monkeypatch.setattr(f"tl1kernels.verify.{part}", lambda *args: [])
+    lacking = ON_THE_REFERENCE_ALONE[backend]
+    report = verify(backend)
+    assert set(report.lacking) == lacking
+    assert all(name in str(report) for name in lacking)
+    for name in lacking:
+        assert cli.main(["verify", "--backend", backend, "--penalty", name]) == 2
+        assert f"has no penalty '{name}'" in capsys.readouterr().err
 
 
 def test_an_unknown_backend_or_penalty_is_named(capsys):

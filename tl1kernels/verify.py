@@ -123,11 +123,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one backend; `print` it for a table of errors by section, row and dtype."""
+    """All checks of one backend; `print` it for a table of errors by section, row and dtype.
+
+    `lacking` are the penalties that were not checked, since the backend does not have them.
+    """
 
     backend: str
     seed: int
     checks: tuple[Check, ...]
+    lacking: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -141,6 +145,7 @@ class Report:
             "backend": self.backend,
             "seed": self.seed,
             "passed": self.passed,
+            "lacking": list(self.lacking),
             "checks": checks,
         }
 
@@ -149,6 +154,11 @@ class Report:
         for section in dict.fromkeys(check.section for check in self.checks):
             lines += ["", *_table([c for c in self.checks if c.section == section])]
         passed = sum(c.passed for c in self.checks)
+        if self.lacking:
+            lines += [
+                "",
+                f"not checked, since {self.backend} lacks them: {', '.join(self.lacking)}",
+            ]
         lines += ["", f"{passed} of {len(self.checks)} checks passed"]
         return "\n".join(lines)
 
@@ -182,7 +192,7 @@ def verify(
     Args:
         backend: a name of `BACKENDS`; Triton runs on the GPU, unless it interprets.
         seed: of the random input; None draws one.
-        penalties: names of `PENALTIES`, or None for no penalty; None for all of them.
+        penalties: names of `PENALTIES`, or None for no penalty; None for all that it has.
 
     Raises:
         ValueError, RuntimeError: no such backend, or it cannot run here; no such penalty.
@@ -192,6 +202,12 @@ def verify(
         if name not in every:
             raise ValueError(f"penalties must be among {every}, got {name!r}")
     backends.require(backend)
+    has = {None, *backends.BACKENDS[backend].penalties()}
+    for name in penalties or ():
+        if name not in has:
+            raise ValueError(f"backend {backend!r} has no penalty {name!r}")
+    lacking = [name for name in PENALTIES if name not in has] if penalties is None else []
+    chosen = [name for name in every if name in has] if penalties is None else penalties
     seed = secrets.randbelow(2**31) if seed is None else seed
     generator = np.random.default_rng(seed)
     checks: list[Check] = []
@@ -200,8 +216,8 @@ def verify(
     device = torch.device("cuda" if gpu else "cpu")
     with backends.use_backend(backend):
         for part in (_thresholds, _groups, _rules, _steps):
-            checks += part(generator, bounds, device, every if penalties is None else penalties)
-    return Report(backend, seed, tuple(checks))
+            checks += part(generator, bounds, device, chosen)
+    return Report(backend, seed, tuple(checks), tuple(lacking))
 
 
 def hard_cases(

@@ -287,6 +287,11 @@ PROX: dict[str | None, Prox] = {
 }
 
 
+def penalties() -> frozenset[str]:
+    """Return the names of the penalties: all."""
+    return frozenset(filter(None, PROX))
+
+
 def run(batch: Batch) -> None:
     """Take one step on every entry, in place."""
     if batch.found_inf is not None and batch.found_inf.item():
