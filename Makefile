@@ -39,7 +39,7 @@ sanitize: setup
 	    tl1kernels.__path__.insert(0, 'build/sanitize'); \
 	    assert 'sanitize' in str(native.load()); \
 	    sys.exit(pytest.main(['tests/test_native.py', 'tests/test_native_op.py', \
-	    'tests/test_kernels.py', 'tests/test_prox.py', 'tests/test_master_weights.py', '-k', 'not memory and not 2_to_the_31_weights and not for_cuda and not compiled']))"
+	    'tests/test_kernels.py', 'tests/test_prox.py', 'tests/test_master_weights.py', 'tests/test_coupled.py', '-k', 'not memory and not 2_to_the_31_weights and not for_cuda and not compiled']))"
 
 setup: $(VENV)/.done
 

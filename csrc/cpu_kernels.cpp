@@ -145,23 +145,18 @@ class Runner {
     }
   }
 
-  // The groups' sums of this tile, `n` of them, or what is measured of coupled ones.
-  Measures of_groups(double* sums, int64_t n) const {
-    if (sums != work.sums) return Measures::in(sums, n);
-    return {{sums, work.more_sums[0], work.more_sums[1], work.more_sums[2]}};
-  }
-
-  // The same of each column, or of the lanes of one long run.
-  Measures of_columns() const {
-    return {{work.columns, work.more_columns[0], work.more_columns[1], work.more_columns[2]}};
-  }
-
   int64_t groups_touched() const { return (origin + columns - 1) / inner - origin / inner + 1; }
+
+  // What is measured of coupled groups, and of each column or of the lanes of one long run.
+  Measures of_groups(double* sums) const { return Measures::in(sums, groups_touched()); }
+  Measures of_columns() const {
+    return Measures::in(work.columns, short_runs ? columns : LANES);
+  }
 
   void clear_sums(double* sums) const {
     if (step.coupled >= 0) {
       of_columns().clear(short_runs ? columns : LANES);
-      return of_groups(sums, groups_touched()).clear(groups_touched());
+      return of_groups(sums).clear(groups_touched());
     }
     for (int64_t i = 0; i < (short_runs ? columns : LANES); i++) work.columns[i] = 0;
     for (int64_t i = 0; i < (short_runs ? columns : 0); i++) work.part[i] = 0;
@@ -188,7 +183,7 @@ class Runner {
   void advance_coupled(int64_t at, int64_t n, int64_t index, A* out, double* sums) {
     advance_to<KeepState>(at, n, out, nullptr);
     const double offset = tl1::offset(step.coupled, step.coupling.tau), unit = step.unit;
-    const Measures groups = of_groups(sums, groups_touched()), slots = of_columns();
+    const Measures groups = of_groups(sums), slots = of_columns();
     const int64_t first = origin / inner;
     each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
       const int64_t row = tile.row0 + (index + i) / columns;
@@ -200,8 +195,8 @@ class Runner {
         const double place = static_cast<double>(row * inner + from - group * inner);
         const A* v = out + i + (from - col);
         for (int64_t k = 0; k < to - from; k += LANES) {
-          measure_weights(v + k, smaller(LANES, to - from - k), place + static_cast<double>(k), 1, offset,
-                  unit, slots);
+          measure_weights(v + k, smaller(LANES, to - from - k), place + static_cast<double>(k), 1,
+                          offset, unit, slots);
         }
         for (int64_t k = 0; k < LANES; k++) groups.add(group - first, slots.measured(k));
         slots.clear(LANES);
@@ -211,7 +206,7 @@ class Runner {
 
   // Short runs: from columns to groups.
   void fold_coupled(double* sums) const {
-    const Measures groups = of_groups(sums, groups_touched()), slots = of_columns();
+    const Measures groups = of_groups(sums), slots = of_columns();
     for (int64_t g = 0; g < columns / inner; g++) {
       for (int64_t i = 0; i < inner; i++) {
         Measured m = slots.measured(g * inner + i);
@@ -255,21 +250,21 @@ class Runner {
         }
       });
     }
-    keep(row, col, n, shrinks);
     put_copy(address(row, col), n);
   }
 
-  // Of the weights of a row from column `col` on, stores those that their groups keep.
-  void keep(int64_t row, int64_t col, int64_t n, const Measures& shrinks) const {
+  // Stores the weights that their groups keep, of those in the tile.
+  void keep(const Measures& shrinks) const {
     const int64_t first = origin / inner;
-    each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
-      const double kept_at = shrinks.of[2][group - first];
-      if (kept_at < 0) return;
-      const int64_t place = static_cast<int64_t>(kept_at);
-      const int64_t column = group * inner + place % inner;
-      if (place / inner != row || column < from || column >= to) return;
-      store(static_cast<A>(shrinks.of[3][group - first]), true, param[address(row, column)]);
-    });
+    for (int64_t g = 0; g < groups_touched(); g++) {
+      if (shrinks.of[2][g] < 0) continue;
+      const int64_t place = static_cast<int64_t>(shrinks.of[2][g]);
+      const int64_t row = place / inner, col = (first + g) * inner + place % inner;
+      const bool here = row >= tile.row0 && row < tile.row1 && col >= origin && col < origin + columns;
+      if (!here) continue;
+      store(static_cast<A>(shrinks.of[3][g]), true, param[address(row, col)]);
+      put_copy(address(row, col), 1);
+    }
   }
 
   // The weights [at, at + n) are of one row and begin with column `col`.
@@ -393,7 +388,7 @@ class Runner {
     fold_columns(sums);
     const int64_t groups = columns / inner;
     if (step.coupled >= 0) {
-      const Measures of = of_groups(sums, groups);
+      const Measures of = of_groups(sums);
       for (int64_t g = 0; g < groups; g++) {
         of.put(g, tl1::finish(step.coupled, of.measured(g), step.coupling));
       }
@@ -425,6 +420,7 @@ class Runner {
       }
       shrink(v, row, origin, columns, shrinks);
     }
+    keep(shrinks);
   }
 
   // Stores t, the values of the weights from `at` on, times the factors of their groups: `factors`
@@ -466,6 +462,7 @@ class Runner {
         shrink(values + i, tile.row0 + (index + i) / columns, col, m, shrinks);
       });
     });
+    keep(shrinks);
   }
 
   void finish() const {

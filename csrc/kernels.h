@@ -67,13 +67,13 @@ static_assert(sizeof(Shrink) == MEASURES * sizeof(double));
 
 // One thread's memory.
 struct Workspace {
-  alignas(64) double columns[COLUMNS];  // sums of squares by column, or the lanes of one sum
-  alignas(64) float part[COLUMNS];      // and of the latest few rows
-  alignas(64) double sums[COLUMNS];     // and by group; then the groups' factors
+  // By column, or by lane of one sum, and by group. Sums of squares, then the groups' factors, take
+  // COLUMNS; the rest is there for a penalty of whole groups.
+  alignas(64) double columns[MEASURES * COLUMNS];
+  alignas(64) double sums[MEASURES * COLUMNS];
+  alignas(64) float part[COLUMNS];  // sums of squares by column, of the latest few rows
   alignas(64) unsigned char spread[COLUMNS * sizeof(double)];  // factors by column, as arithmetic
-  alignas(64) double more_columns[MEASURES - 1][COLUMNS];  // beside `columns` and `sums`, with a
-  alignas(64) double more_sums[MEASURES - 1][COLUMNS];     // penalty of whole groups
-  alignas(64) unsigned char cuts[COLUMNS * sizeof(double)];  // and beside `spread`
+  alignas(64) unsigned char cuts[COLUMNS * sizeof(double)];    // the same of a coupled group's cuts
   alignas(64) float values[RESIDENT + BLOCK];  // of 16-bit weights, thresholded
 };
 

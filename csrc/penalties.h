@@ -255,7 +255,7 @@ struct Cges {
   }
 };
 
-// ||w||_1 - ||w||_2 (Lou & Yan 2018, lemma 1), then the group lasso: the soft-thresholded group,
+// ||w||_1 - ||w||_2 (Lou & Yan 2018), then the group lasso: the soft-thresholded group,
 // scaled up to its norm + tau, or its largest weight alone.
 struct L1MinusL2 {
   static double offset(double tau) { return tau; }
@@ -265,8 +265,9 @@ struct L1MinusL2 {
       const double left = size <= c.threshold ? 0 : 1 - c.threshold / size;
       return {0, c.tau, m.at, left * m.largest};
     }
-    const double grown = norm + c.tau * c.unit;
-    return {grown <= c.threshold ? 0 : (grown - c.threshold) / norm, c.tau, -1, 0};
+    const double tau = c.tau * c.unit, grown = norm + tau;  // infinite where the squares overflow
+    const double left = grown <= c.threshold ? 0 : 1 - c.threshold / grown;
+    return {left == 0 ? 0 : left * (1 + tau / norm), c.tau, -1, 0};
   }
 };
 

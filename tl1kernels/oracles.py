@@ -68,7 +68,7 @@ def _scad(w: mpf, weight: mpf, a: mpf) -> mpf:
 
 
 def _scad_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
-    """Fan & Li 2001, eq. 2.8, for any step size."""
+    """Fan & Li 2001, for any step size."""
     if v <= weight * (1 + step):
         return max(v - step * weight, mpf(0))
     if v <= a * weight:
@@ -101,7 +101,7 @@ def _capped_l1_kinks(step: float, weight: float, a: float) -> tuple[float, ...]:
 
 
 def _capped_l1_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
-    """Gong et al. 2013 (GIST), table 1: the better of the two parts' own solutions."""
+    """Gong et al. 2013 (GIST): the better of the two parts' own solutions."""
     outside, inside = max(v, a), min(a, max(mpf(0), v - step * weight))
     costs = [(w - v) ** 2 / 2 + step * weight * min(w, a) for w in (inside, outside)]
     return inside if costs[0] <= costs[1] else outside
@@ -116,7 +116,7 @@ def _log_roots(v: mpf, tau: mpf, a: mpf) -> tuple[mpf, mpf]:
 
 
 def _log_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
-    """Gong et al. 2013, table 1: a root of the quadratic, if it is better than 0."""
+    """Gong et al. 2013: a root of the quadratic, if it is better than 0."""
     w, _ = _log_roots(v, step * weight, a)
     scale = step * weight / mpmath.log1p(a)
     return w if (w - v) ** 2 / 2 + scale * mpmath.log1p(a * w) < v**2 / 2 else mpf(0)
@@ -141,7 +141,7 @@ def _log_condition(v: float, step: float, weight: float, a: float) -> float:
 
 
 def _l_half_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
-    """Xu et al. 2012, theorem 1, whose lambda is 2 step weight: no factor 1/2 at the square."""
+    """Xu et al. 2012, whose lambda is 2 step weight: no factor 1/2 at the square."""
     scale = 2 * step * weight
     if v <= mpmath.cbrt(54) / 4 * mpmath.cbrt(scale) ** 2:
         return mpf(0)
@@ -150,7 +150,7 @@ def _l_half_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
 
 
 def _l_two_thirds_published(v: mpf, step: mpf, weight: mpf, a: mpf) -> mpf:
-    """Cao, Sun & Xu 2013, theorem 1, whose lambda is 2 step weight."""
+    """Cao, Sun & Xu 2013, whose lambda is 2 step weight."""
     scale = 2 * step * weight
     if v <= mpf(2) / 3 * mpmath.root(3 * scale**3, 4):
         return mpf(0)
@@ -240,7 +240,7 @@ def _shrunk(w: np.ndarray, tau: float) -> np.ndarray:
 
 
 def _l1_minus_l2_published(v: np.ndarray, step: float, weight: float, group: float) -> np.ndarray:
-    """Lou & Yan 2018, lemma 1 with alpha = 1, case by case."""
+    """Lou & Yan 2018 with alpha = 1, case by case."""
     tau, largest = step * weight, int(np.argmax(np.abs(v)))
     if abs(v[largest]) > tau:
         z = np.sign(v) * np.maximum(np.abs(v) - tau, 0)
@@ -258,7 +258,7 @@ def _l1_minus_l2_condition(v: np.ndarray, tau: float) -> float:
 
 
 def _exclusive_published(v: np.ndarray, step: float, weight: float, group: float) -> np.ndarray:
-    """Kowalski 2009, prop. 4: a soft threshold at tau ||w||_1, found by bisection."""
+    """Kowalski 2009: a soft threshold at tau ||w||_1, found by bisection."""
     tau, size = step * weight, np.abs(v).astype(np.longdouble)
     low, high = np.longdouble(0), tau * size.sum()
     for _ in range(100):
@@ -269,7 +269,7 @@ def _exclusive_published(v: np.ndarray, step: float, weight: float, group: float
 
 
 def _cges_published(v: np.ndarray, step: float, weight: float, group: float) -> np.ndarray:
-    """Yoon & Hwang 2017, eqs. 9 and 10, one after the other."""
+    """Yoon & Hwang 2017: the group lasso, then the exclusive step."""
     w = _shrunk(v, step * group)
     return np.sign(w) * np.maximum(np.abs(w) - step * weight * np.abs(w).sum(), 0)
 

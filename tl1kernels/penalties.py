@@ -141,7 +141,7 @@ PENALTIES: dict[str, Penalty] = {
         ),
     )
 }
-"""By name. `rho_a` is the value at weight 1; where it is a multiple of the weight, any weight's."""
+"""By name."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "l1": {"penalty": "l1", "group_by": None},

@@ -229,7 +229,7 @@ def thresholded(threshold: Callable[[Tensor, float, float, float], Tensor] | Non
 
 
 def l1_minus_l2(v: Tensor, step: float, terms: Terms) -> Tensor:
-    """Return the prox of ||w_g||_1 - ||w_g||_2 (Lou & Yan 2018, lemma 1, alpha = 1).
+    """Return the prox of ||w_g||_1 - ||w_g||_2 (Lou & Yan 2018, alpha = 1).
 
     A soft threshold at tau, and the group scaled up to its norm + tau. Where nothing is beyond the
     threshold, the largest weight (of equal ones the first in memory) stays as it is, and alone.
