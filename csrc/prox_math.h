@@ -35,7 +35,7 @@ namespace tl1 {
 // What a penalty's `prepare` computes; the meaning of x is its own.
 struct Coefficients {
   double cut;
-  double x[8];
+  double x[9];
 };
 
 inline namespace TL1_ISA {
@@ -227,12 +227,13 @@ struct TransformedL1 {
   double exact_a, exact_d, way;
   A cut, rest;  // in two parts, as in SoftThreshold
   A a, a_low, d, k;
+  A slope;  // the cut in units of a^2
   A terms[4];
 
   TL1_INLINE explicit TransformedL1(const Coefficients& c)
       : exact_a(c.x[0]), exact_d(c.x[1]), way(c.x[2]), cut(A(c.cut)), rest(A(c.x[3])),
         a(A(exact_a)), a_low(A(exact_a - double(a))), d(A(exact_d)), k(A(6.75 * exact_d)),
-        terms{A(c.x[4]), A(c.x[5]), A(c.x[6]), A(c.x[7])} {}
+        slope(A(c.x[8])), terms{A(c.x[4]), A(c.x[5]), A(c.x[6]), A(c.x[7])} {}
 
   template <class Loop>
   TL1_INLINE void with_prox(Loop loop) const {
@@ -253,35 +254,38 @@ struct TransformedL1 {
 
   // Which way float32 takes, for a threshold at |v| = a d. Fills in the series' terms.
   static double float_way(double d, double a, double tau, Coefficients& c) {
-    const double k = 6.75 * c.x[1], q = 6.75 * d / ((1 + d) * (1 + d) * (1 + d));
+    const double q = 6.75 * d / ((1 + d) * (1 + d) * (1 + d));
     // Within these, no power of y leaves float32's range.
     const double steep = a >= 1e-6 && a <= 1e10 && tau >= 1e-24 && tau <= 1e5 ? STEEP : WIDE;
     const bool gentlest = q <= 1.0 / 64;
-    if (q > 0.125 || a > 1e6 || tau < 1e-30) return steep;
-    double power = a * a, largest = 0;
+    if (q > 0.125 || a < 1e-12 || a > 1e6 || tau < 1e-30) return steep;
+    double power = a * a;
+    c.x[8] = c.cut / power;
     for (int i = 0; i < (gentlest ? Tl1Gentlest::TERMS : Tl1Gentle::TERMS); i++) {
-      power *= k;
-      c.x[4 + i] = power * (gentlest ? Tl1Gentlest::coefficient(i) : Tl1Gentle::coefficient(i));
-      largest = fmax(largest, c.x[4 + i]);
+      power *= 6.75 * d;
+      const double term =
+          power * (gentlest ? Tl1Gentlest::coefficient(i) : Tl1Gentle::coefficient(i));
+      // Only a term that is nothing beside the first gets as small as that.
+      c.x[4 + i] = term < 1e-37 ? 0 : term;
     }
-    if (c.x[4] < 1e-36 || largest > 1e36) return steep;
     return gentlest ? GENTLEST : GENTLE;
   }
 
   // A soft threshold at t = tau (a + 1) / a, and what TL1 gives back of it:
   //   w = (|v| - t) + t H,   H = 1 - P a^2 / y^2 = (|v| (|v| + 2 a) - (P - 1) a^2) / y^2
   // |v| - t is exact where w is small, and H is small where t is not: few roundings matter. The
-  // terms are those of (P - 1) a^2 as a series in 1 / y^3.
+  // terms are those of (P - 1) a^2 as a series in (a / y)^3: powers of 1 / y itself would leave
+  // float32's range.
   template <int TERMS>
   TL1_INLINE float by_series(float size) const {
-    const float within = at_most(size, 1e12f);  // y^3 must not overflow; H is 1 there anyway
-    const float inverse = 1 / (a + within);
+    const float within = at_most(size, 1e12f);  // its square must not overflow; H is 1 there anyway
+    const float inverse = a / (a + within);
     const float square = inverse * inverse, cube = square * inverse;
     A series[TERMS];
     for (int i = 0; i < TERMS; i++) series[i] = terms[i];
     const float taken = cube * polynomial(series, cube);
     const float given_back = mul_add(within, within + 2 * a, -taken);
-    return mul_add(cut * square, given_back, (size - cut) - rest);
+    return mul_add(slope * square, given_back, (size - cut) - rest);
   }
 
   // |v| - D P / y^2, in units of Y = -2 y, which save a multiplication. `c` carries what rounding
