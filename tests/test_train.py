@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,29 +15,35 @@ from rich.console import Console
 from torch import nn
 
 from tl1kernels import cli
-from tl1kernels.train import data, experiment, networks, report, run
+from tl1kernels.train import data, experiment, report, run
+from tl1kernels.train.recipes import RECIPES
 
 QUIET = Console(quiet=True)
+NOWHERE = Path("no-such-folder")  # DIGITS needs no files
+
+
+def digits(evaluate_on):
+    return data.DATA["digits"].load("DIGITS", evaluate_on, NOWHERE)
 
 
 def test_the_splits_are_disjoint_and_the_test_split_is_never_fitted_for_a_choice():
-    choosing, final = data.digits("validation"), data.digits("test")
-    sizes = [len(x) for x in (choosing.fit_images, choosing.eval_images, final.eval_images)]
+    choosing, final = digits("validation"), digits("test")
+    sizes = [len(x) for x in (choosing.fit_inputs, choosing.eval_inputs, final.eval_inputs)]
     assert sizes == [1077, 360, 360]
-    assert len(final.fit_images) == 1077 + 360
+    assert len(final.fit_inputs) == 1077 + 360
 
     def rows(images):
         return {tuple(image.flatten().tolist()) for image in images}
 
-    test = rows(final.eval_images)
-    assert not test & rows(final.fit_images)
-    assert not test & rows(choosing.fit_images)
-    assert not test & rows(choosing.eval_images)
-    assert not rows(choosing.fit_images) & rows(choosing.eval_images)
-    assert final.fit_images.shape[1:] == (1, 8, 8)
-    assert 0 <= final.fit_images.min() <= final.fit_images.max() <= 1
+    test = rows(final.eval_inputs)
+    assert not test & rows(final.fit_inputs)
+    assert not test & rows(choosing.fit_inputs)
+    assert not test & rows(choosing.eval_inputs)
+    assert not rows(choosing.fit_inputs) & rows(choosing.eval_inputs)
+    assert final.fit_inputs.shape[1:] == (1, 8, 8)
+    assert 0 <= final.fit_inputs.min() <= final.fit_inputs.max() <= 1
     with pytest.raises(ValueError, match=r"evaluate_on must be .*'train'"):
-        data.digits("train")
+        digits("train")
 
 
 def test_chosen_options_are_committed_with_their_command():
@@ -45,7 +52,7 @@ def test_chosen_options_are_committed_with_their_command():
     assert file["chosen"].keys() == set(run.METHODS)
     for method, row in file["chosen"].items():
         if method != "none":
-            assert row["lam"] in experiment.SEARCH_LAM[method]
+            assert row["lam"] in RECIPES["digits"].lam[method]
             assert row["a"] in (experiment.SEARCH_A if method in experiment.SHAPED else (1.0,))
 
 
@@ -80,7 +87,7 @@ def test_choose_takes_the_most_accurate_within_the_budget_else_the_smallest_that
 
 def test_a_run_is_repeatable_and_uses_our_optimizer():
     setting = run.Setting("digits", "integrated_tl1", 0.3, 0.1, 1, "validation", epochs=2)
-    (first, one), (second, two) = run.train(setting), run.train(setting)
+    (first, one), (second, two) = run.train(setting, NOWHERE), run.train(setting, NOWHERE)
     assert one["accuracy"] == two["accuracy"]
     assert all(
         torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True)
@@ -97,20 +104,23 @@ def test_the_command_writes_everything_it_says(tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("DIGITS, test split", "accuracy", "FLOPs", "integrated TL1", "filters.png"):
         assert text in printed
-    table = json.loads((tmp_path / "table.json").read_text())
+    table = json.loads((tmp_path / "table2.json").read_text())
     assert table["command"].startswith("tl1kernels train digits --seeds 1 --methods none")
     assert [row["method"] for row in table["rows"]] == ["none", "group_lasso", "integrated_tl1"]
-    with (tmp_path / "table.csv").open() as file:
+    with (tmp_path / "table2.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert float(rows[2]["parameters"]) == table["rows"][2]["parameters"]
-    for picture in ("curves.png", "filters.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert rows[2]["command"] == table["command"]
+    for picture in ("fig4-curves.png", "fig6-filters.png"):
+        content = (tmp_path / picture).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert table["command"].encode() in content
     # A plain module that knows nothing of this package loads the model.
     plain = nn.Sequential()
-    for name, module in networks.digits_network().named_children():
+    for name, module in RECIPES["digits"].network().named_children():
         plain.add_module(name, module)
     plain.load_state_dict(torch.load(tmp_path / "models" / "integrated_tl1.pt", weights_only=True))
-    judged = run.accuracy(plain, data.digits("test"))
+    judged = run.accuracy(plain, digits("test"))
     assert judged == pytest.approx(table["rows"][2]["accuracy"] / 100)
 
 
@@ -132,23 +142,23 @@ def test_measures_of_the_last_layer_separate_dead_neurons_from_zeros_among_the_r
 
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     setting = run.Setting("digits", "l1", 0.3, 1.0, 0, "validation", epochs=1)
-    first = run.run_to_file(setting, tmp_path)
-    monkeypatch.setattr(run, "train", lambda _: pytest.fail("trained again"))
-    assert run.run_to_file(setting, tmp_path) == first
+    first = run.run_to_file(setting, tmp_path, NOWHERE)
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("trained again"))
+    assert run.run_to_file(setting, tmp_path, NOWHERE) == first
     assert not list(tmp_path.glob("*.draft"))
 
 
 def test_runs_of_other_code_or_without_their_model_are_run_again(tmp_path):
     setting = run.Setting("digits", "l1", 0.3, 1.0, 0, "validation", epochs=1)
-    run.run_to_file(setting, tmp_path)
+    run.run_to_file(setting, tmp_path, NOWHERE)
     (file,) = tmp_path.glob("*.json")
     stale = json.loads(file.read_text())
     stale["environment"]["sources"] = "of another day"
     stale["accuracy"] = -1.0
     file.write_text(json.dumps(stale))
-    assert run.run_to_file(setting, tmp_path)["accuracy"] > 0
+    assert run.run_to_file(setting, tmp_path, NOWHERE)["accuracy"] > 0
     file.with_suffix(".pt").unlink()
-    assert run.run_to_file(setting, tmp_path)["accuracy"] > 0
+    assert run.run_to_file(setting, tmp_path, NOWHERE)["accuracy"] > 0
     assert file.with_suffix(".pt").exists()
 
 
@@ -161,11 +171,11 @@ def test_settings_that_differ_have_names_that_differ():
 
 
 def test_hidden_neurons_all_speak_at_the_start():
-    images = data.digits("test").fit_images
+    images = digits("test").fit_inputs
     silent = {0.0: 0, 0.3: 0}
     for seed in range(5):
         torch.manual_seed(seed)
-        network = networks.digits_network()
+        network = RECIPES["digits"].network()
         for bias in silent:
             nn.init.constant_(network.fc1.bias, bias)
             silent[bias] += network[:6](images).le(0).all(0).sum().item()
@@ -195,7 +205,7 @@ def test_ctrl_c_saves_finished_runs_and_says_how_to_go_on(tmp_path):
 def test_a_method_named_twice_is_trained_once(tmp_path):
     command = ["train", "digits", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
     assert cli.main([*command, "--methods", "none", "none"]) == 0
-    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 1
+    assert len(json.loads((tmp_path / "table2.json").read_text())["rows"]) == 1
 
 
 def test_bad_usage_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
@@ -203,7 +213,7 @@ def test_bad_usage_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     assert "'l3'" in capsys.readouterr().out
     (tmp_path / "file").touch()
     assert cli.main(["train", "digits", "--out", str(tmp_path / "file")]) == 2
-    assert "--out must be a folder" in capsys.readouterr().err
+    assert "--out must be a folder" in capsys.readouterr().out
     monkeypatch.setenv("TL1KERNELS_BACKEND", "abacus")
     assert cli.main(["train", "digits", "--out", str(tmp_path)]) == 2
     assert "'abacus'" in capsys.readouterr().err
@@ -225,8 +235,10 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 def test_digits_keeps_its_accuracy_with_a_tenth_of_its_parameters(tmp_path):
     """What `make demo` shows, with its options: means over five seeds on the test split."""
     methods = [method for method in run.METHODS if method != "none"]
-    settings, _ = experiment.final_settings("digits", methods, seeds=5)
-    results = experiment.run_all(settings, tmp_path, experiment.default_jobs(), QUIET)
+    chosen = json.loads(experiment.chosen_path("digits").read_text())["chosen"]
+    settings = experiment.final_settings("digits", methods, 5, None, chosen).table
+    jobs = experiment.default_jobs()
+    results = experiment.run_all(settings, tmp_path, jobs, QUIET, NOWHERE)
     rows = {row["method"]: row for row in report.summarize(results)}
     ours = rows["integrated_tl1"]
     assert ours["accuracy"] >= 96.5

@@ -34,14 +34,22 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train the same network with every regularizer and compare"
     )
-    train.add_argument("dataset", choices=["digits"], help="scikit-learn's DIGITS; no network")
     train.add_argument(
-        "--out", type=Path, default=Path("runs/digits"), help="folder for results [%(default)s]"
+        "dataset", help="digits (no network needed), mnist, fashion_mnist, pendigits, sdd, cifar10"
     )
-    train.add_argument("--methods", nargs="+", metavar="NAME", help="which to train [all]")
+    train.add_argument("--out", type=Path, help="folder for results [runs/DATASET]")
+    train.add_argument(
+        "--data", type=Path, help="folder with the data set's files, or for them [data/DATASET]"
+    )
+    train.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="which to train, any penalty [the paper's]"
+    )
     train.add_argument("--seeds", type=_positive, default=5, help="runs per method [%(default)s]")
     train.add_argument("--jobs", type=_positive, help="runs at a time [one per core]")
-    train.add_argument("--epochs", type=_positive, help="epochs of every run [100]")
+    train.add_argument("--epochs", type=_positive, help="epochs of every run [the recipe's]")
+    train.add_argument(
+        "--paper", action="store_true", help="all of the paper's tables and figures: more runs"
+    )
     train.add_argument(
         "--search",
         action="store_true",
@@ -99,10 +107,6 @@ def _train(args: argparse.Namespace) -> int:
     with _extra("train", "train"):
         from tl1kernels.train import command
     _require(backends.asked_for())
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out must be a folder that can be written: {error}") from error
     return command.run(args)
 
 

@@ -5,75 +5,178 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 import tl1kernels as tk
-from tl1kernels.train import experiment, report
-from tl1kernels.train.data import DATA
-from tl1kernels.train.networks import NETWORKS
-from tl1kernels.train.run import METHODS
+from tl1kernels.train import data, experiment, figures, report
+from tl1kernels.train.recipes import RECIPES
+from tl1kernels.train.run import METHODS, OPTIONS
+
+
+class BadUsageError(Exception):
+    """The arguments do not fit together or the data; the message says why."""
 
 
 def run(args: argparse.Namespace) -> int:
     """Search or train, print and write the results; return the exit status."""
     console = Console()
-    methods = tuple(dict.fromkeys(args.methods or METHODS))
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        console.print(f"--methods must be among {', '.join(METHODS)}, got {unknown[0]!r}")
-        return 2
     try:
-        return _search(args, methods, console) if args.search else _final(args, methods, console)
+        _check(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+        # Here first, so that what is missing is said once, and fetched once.
+        source, title = data.DATA[args.dataset], RECIPES[args.dataset].title
+        examples = source.load(title, "test", args.data).eval_inputs[:8]
+        return _search(args, console) if args.search else _final(args, examples, console)
     except experiment.InterruptedRunsError as stop:
         console.print(f"\nInterrupted: {stop}.")
         return 130
+    except (BadUsageError, data.MissingDataError, ValueError) as error:
+        console.print(str(error), soft_wrap=True, highlight=False)
+        return 2
+    except OSError as error:
+        console.print(f"--out must be a folder that can be written: {error}", soft_wrap=True)
+        return 2
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Check the arguments and fill in those that depend on the data set."""
+    if args.dataset not in RECIPES:
+        raise BadUsageError(f"dataset must be among {', '.join(RECIPES)}, got {args.dataset!r}")
+    args.methods = tuple(dict.fromkeys(args.methods or METHODS))
+    known = ("none", *OPTIONS)
+    for method in args.methods:
+        if method not in known:
+            raise BadUsageError(f"--methods must be among {', '.join(known)}, got {method!r}")
+    args.out = args.out or Path("runs") / args.dataset
+    args.data = args.data or Path("data") / args.dataset
+    args.jobs = args.jobs or experiment.default_jobs()
 
 
 def _command(args: argparse.Namespace) -> str:
     words = ["tl1kernels", "train", args.dataset]
     words += ["--search"] if args.search else ["--seeds", str(args.seeds)]
-    if args.methods:
+    words += ["--paper"] if args.paper and not args.search else []
+    if args.methods != METHODS:
         words += ["--methods", *args.methods]
     if args.epochs:
         words += ["--epochs", str(args.epochs)]
     return shlex.join(words)
 
 
-def _search(args: argparse.Namespace, methods: tuple[str, ...], console: Console) -> int:
-    settings = experiment.search_settings(args.dataset, methods, args.epochs)
-    jobs = args.jobs or experiment.default_jobs()
-    results = experiment.run_all(settings, args.out / "runs", jobs, console)
+def _search(args: argparse.Namespace, console: Console) -> int:
+    settings = experiment.search_settings(args.dataset, args.methods, args.epochs)
+    results = experiment.run_all(settings, args.out / "runs", args.jobs, console, args.data)
     chosen = experiment.choose(results)
     headers = ["method", "lam", "a", "accuracy %", "parameters %"]
     table = report.plain_table("Chosen on the validation split", headers)
     for method, row in chosen.items():
-        figures = (f"{100 * row[name]:.1f}" for name in ("accuracy", "parameters"))
-        table.add_row(report.TITLES[method], f"{row['lam']:g}", f"{row['a']:g}", *figures)
+        numbers = (f"{100 * row[name]:.1f}" for name in ("accuracy", "parameters"))
+        table.add_row(report.TITLES[method], f"{row['lam']:g}", f"{row['a']:g}", *numbers)
     console.print(table)
     path = args.out / "chosen.json"
     path.write_text(json.dumps({"command": _command(args), "chosen": chosen}, indent=2) + "\n")
-    console.print(
-        f"Written to {path}; to use it, copy it over {experiment.chosen_path(args.dataset)}"
+    console.print(f"Written to {path}; the same command without --search uses it", soft_wrap=True)
+    return 0
+
+
+def _chosen(args: argparse.Namespace) -> Mapping[str, Mapping[str, float]]:
+    """Return the options that a search in the same folder chose, else those of the package."""
+    files = [args.out / "chosen.json", experiment.chosen_path(args.dataset)]
+    chosen: dict[str, Any] = {}
+    for file in files:
+        if file.exists():
+            chosen = {**json.loads(file.read_text())["chosen"], **chosen}
+    missing = [method for method in args.methods if method not in chosen]
+    if missing:
+        raise BadUsageError(
+            f"no lam and a were chosen yet for {', '.join(missing)}: first run the same command "
+            "with --search"
+        )
+    return chosen
+
+
+def _final(args: argparse.Namespace, examples: torch.Tensor, console: Console) -> int:
+    runs = experiment.final_settings(
+        args.dataset, args.methods, args.seeds, args.epochs, _chosen(args), args.paper
     )
-    return 0
-
-
-def _final(args: argparse.Namespace, methods: tuple[str, ...], console: Console) -> int:
-    table, curves = experiment.final_settings(args.dataset, methods, args.seeds, args.epochs)
-    jobs = args.jobs or experiment.default_jobs()
-    results = experiment.run_all([*table, *curves], args.out / "runs", jobs, console)
-    final = results[: len(table)]
-    report.print_tables(report.summarize(final), args.dataset, console)
-    files = report.write_all(args.out, final, results[len(table) :], _command(args))
-    if "integrated_tl1" in methods:
-        model = NETWORKS[args.dataset]()
+    folder = args.out / "runs"
+    done = runs.of(experiment.run_all(runs.all(), folder, args.jobs, console, args.data))
+    rows = report.summarize(done.table)
+    report.add_ranks(rows)
+    report.print_tables(rows, args.dataset, console)
+    files = _write(args, done, rows, console)
+    if "integrated_tl1" in args.methods:
+        model = RECIPES[args.dataset].network()
         model.load_state_dict(torch.load(args.out / "models/integrated_tl1.pt", weights_only=True))
-        _print_sparsity(tk.sparsity(model, DATA[args.dataset]("test").eval_images[:8]), console)
+        _print_sparsity(tk.sparsity(model, examples), console)
     for what, where in files.items():
-        console.print(f"{what:>22}: {where}", soft_wrap=True)
+        console.print(f"{what:>34}: {where}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _write(
+    args: argparse.Namespace, done: experiment.Runs, rows: list[report.Row], console: Console
+) -> dict[str, Path]:
+    """Write tables, figures and models to `--out`; return what is where."""
+    out, command = args.out, _command(args)
+    points = report.summarize([*done.table, *done.curves])
+    models = report.copy_models(out, done.table)
+    last = [
+        {name: row[name] for name in ("method", "lam", "a", "seeds")}
+        | {name: row[name] for key in report.TABLE_3 for name in (key, f"{key}_std")}
+        for row in rows
+    ]
+    report.write(out, "table2", command, rows)
+    report.write(out, "table3", command, last)
+    report.write(out, "fig4-curves", command, points)
+    figures.curves(points, args.dataset, out / "fig4-curves.png", command)
+    figures.filters(models, out / "fig6-filters.png", command)
+    files = {
+        "comparison (Table 2)": out / "table2.csv",
+        "last layer (Table 3)": out / "table3.csv",
+        "accuracy against size (Fig. 4)": out / "fig4-curves.png",
+        "first layers (Fig. 6)": out / "fig6-filters.png",
+        "sparse models": out / "models",
+    }
+    return files | (_write_paper(args, done, rows, points, console) if args.paper else {})
+
+
+def _write_paper(
+    args: argparse.Namespace,
+    done: experiment.Runs,
+    rows: list[report.Row],
+    points: list[report.Row],
+    console: Console,
+) -> dict[str, Path]:
+    """Write what only --paper has; print what of the paper's claims holds."""
+    out, command, dataset = args.out, _command(args), args.dataset
+    every = [{**r["setting"], **report.measures(r)} for r in done.table]
+    report.write(out, "fig3-boxplots", command, every)
+    figures.contours(figures.TL1_CONTOURS, out / "fig1-tl1.png", command)
+    figures.contours(figures.GROUP_CONTOURS, out / "fig2-groups.png", command)
+    figures.boxplots(done.table, dataset, out / "fig3-boxplots.png", command)
+    history = figures.histories(done.table, dataset, out / "fig5-iterations.png", command)
+    report.write(out, "fig5-iterations", command, history)
+    files = {
+        "contours of TL1 (Fig. 1)": out / "fig1-tl1.png",
+        "contours of groups (Fig. 2)": out / "fig2-groups.png",
+        "spread over runs (Fig. 3)": out / "fig3-boxplots.png",
+        "accuracy against iterations (Fig. 5)": out / "fig5-iterations.png",
+    }
+    shapes = report.summarize(done.shapes)
+    if shapes:
+        report.write(out, "fig7-shapes", command, shapes)
+        figures.shapes(shapes, dataset, out / "fig7-shapes.png", command)
+        files["the shape a (Fig. 7)"] = out / "fig7-shapes.png"
+    found = report.findings(rows, points, shapes)
+    report.write(out, "findings", command, found)
+    report.print_findings(found, console)
+    return files | {"what holds of the paper's claims": out / "findings.json"}
 
 
 def _print_sparsity(left: tk.Sparsity, console: Console) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -19,30 +18,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tl1kernels as tk
-from tl1kernels.train.run import METHODS, Setting, run_to_file
+from tl1kernels.train.recipes import RECIPES
+from tl1kernels.train.run import OPTIONS, Setting, run_to_file
 
 Result = dict[str, Any]
+
+SEARCH_A = (0.01, 0.1, 1.0)
+SHAPED = [
+    method
+    for method, options in OPTIONS.items()
+    if options["penalty"] is not None and tk.PENALTIES[options["penalty"]].a is not None
+]
+"""The methods whose penalty has a shape parameter a to search for."""
 
 CURVE_FACTORS = (0.3, 0.6, 1.4)
 """The curves' points beside the chosen lam, as multiples of it."""
 CURVE_SEEDS = 2
-
-SEARCH_SEEDS = 5
-SEARCH_LAM = {
-    "l1": (0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.8),
-    "group_lasso": (0.5, 1.0, 1.5, 2.0, 2.5, 3.0),
-    "sparse_group_lasso": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    "cges": (0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0),
-    "tl1": (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4),
-    "integrated_tl1": (0.15, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6),
-}
-SEARCH_A = (0.01, 0.1, 1.0)
-SHAPED = [
-    method
-    for method, options in tk.PRESETS.items()
-    if options["penalty"] is not None and tk.PENALTIES[options["penalty"]].a is not None
-]
-"""The methods whose penalty has a shape parameter a to search for."""
+PAPER_FACTORS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.2, 1.5, 2.0, 3.0)
+PAPER_SEEDS = 3
+PAPER_SHAPES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Six values of a, powers of ten, as in the paper's Fig. 7."""
 
 BUDGET = 0.10
 """Share of the parameters that the search would like to leave at most."""
@@ -54,7 +49,9 @@ class InterruptedRunsError(Exception):
     """Ctrl-C: some runs are on disk, the rest is not."""
 
 
-def run_all(settings: Sequence[Setting], folder: Path, jobs: int, console: Console) -> list[Result]:
+def run_all(
+    settings: Sequence[Setting], folder: Path, jobs: int, console: Console, data_folder: Path
+) -> list[Result]:
     """Run every setting that has no result in `folder` yet; return all results, in order.
 
     Args:
@@ -62,6 +59,7 @@ def run_all(settings: Sequence[Setting], folder: Path, jobs: int, console: Conso
         folder: where the result files are.
         jobs: processes at a time, one thread each.
         console: where the progress bar goes.
+        data_folder: where the data set is or is fetched to.
 
     Raises:
         InterruptedRunsError: on Ctrl-C; what was finished is in `folder`, the same call goes on.
@@ -82,7 +80,8 @@ def run_all(settings: Sequence[Setting], folder: Path, jobs: int, console: Conso
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("training runs", total=len(wanted))
             futures: dict[Future[Result], Setting] = {
-                pool.submit(run_to_file, setting, folder): setting for setting in wanted
+                pool.submit(run_to_file, setting, folder, data_folder): setting
+                for setting in wanted
             }
             for future in as_completed(futures):
                 results[futures[future]] = future.result()
@@ -114,15 +113,27 @@ def search_settings(
     dataset: str, methods: Sequence[str], epochs: int | None = None
 ) -> list[Setting]:
     """Return the grid of lam and a for each method, judged on the validation split."""
-    settings = []
+    recipe, settings = RECIPES[dataset], []
     for method in dict.fromkeys(("none", *methods)):
-        shapes = SEARCH_A if method in SHAPED else (1.0,)
-        grid = product(SEARCH_LAM.get(method, (0.0,)), shapes, range(SEARCH_SEEDS))
+        lams = (0.0,) if method == "none" else recipe.lam.get(method, recipe.grid)
+        shapes = [a for a in _shapes(method) if _allowed(method, a, recipe.lr)]
         settings += [
-            Setting(dataset, method, lam, a, seed, "validation", epochs or Setting.epochs)
-            for lam, a, seed in grid
+            Setting(dataset, method, lam, a, seed, "validation", epochs)
+            for lam, a, seed in product(lams, shapes, range(recipe.search_seeds))
         ]
     return settings
+
+
+def _shapes(method: str) -> tuple[float, ...]:
+    if method not in SHAPED:
+        return (1.0,)
+    return tuple(sorted({*SEARCH_A, float(tk.PENALTIES[OPTIONS[method]["penalty"]].a or 1)}))
+
+
+def _allowed(method: str, a: float, step: float) -> bool:
+    """Whether the penalty allows this shape: SCAD's and MCP's prox need an a beyond the step."""
+    penalty = OPTIONS[method]["penalty"] if method != "none" else None
+    return penalty is None or tk.PENALTIES[penalty].check(a, step) is None
 
 
 def choose(results: Iterable[Result]) -> dict[str, dict[str, float]]:
@@ -148,16 +159,14 @@ def choose(results: Iterable[Result]) -> dict[str, dict[str, float]]:
     ]
     dense = max(row["accuracy"] for row in rows if row["method"] == "none")
     chosen = {}
-    for method in METHODS:
+    for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         able = [row for row in mine if row["accuracy"] >= dense - MOST_LOST] or mine
         small = [row for row in able if row["parameters"] <= BUDGET]
         if small:
             best = max(small, key=lambda row: (row["accuracy"], -row["parameters"]))
-        elif able:
-            best = min(able, key=lambda row: row["parameters"])
         else:
-            continue
+            best = min(able, key=lambda row: row["parameters"])
         chosen[method] = {name: best[name] for name in ("lam", "a", "accuracy", "parameters")}
     return chosen
 
@@ -167,17 +176,49 @@ def chosen_path(dataset: str) -> Path:
     return Path(__file__).parent / "chosen" / f"{dataset}.json"
 
 
+@dataclass(frozen=True)
+class Runs:
+    """What is run for tables and pictures; `Setting`s before, results after.
+
+    Attributes:
+        table: every method with its chosen options, all seeds.
+        curves: the same with other lam.
+        shapes: integrated TL1 with other a.
+    """
+
+    table: list[Any]
+    curves: list[Any]
+    shapes: list[Any]
+
+    def all(self) -> list[Any]:
+        """Return all of them in one list."""
+        return [*self.table, *self.curves, *self.shapes]
+
+    def of(self, results: Sequence[Result]) -> Runs:
+        """Return these runs' results, given in the order of `all`."""
+        n, m = len(self.table), len(self.table) + len(self.curves)
+        return Runs(list(results[:n]), list(results[n:m]), list(results[m:]))
+
+
 def final_settings(
-    dataset: str, methods: Sequence[str], seeds: int, epochs: int | None = None
-) -> tuple[list[Setting], list[Setting]]:
-    """Return the runs of the table (chosen options, all seeds) and those that the curves add."""
-    chosen = json.loads(chosen_path(dataset).read_text())["chosen"]
-    table, curves = [], []
+    dataset: str,
+    methods: Sequence[str],
+    seeds: int,
+    epochs: int | None,
+    chosen: Mapping[str, Mapping[str, float]],
+    paper: bool = False,
+) -> Runs:
+    """Return the runs on the test split; with `paper` those that its figures need, too."""
+    factors, few = (PAPER_FACTORS, PAPER_SEEDS) if paper else (CURVE_FACTORS, CURVE_SEEDS)
+    table, curves, shapes = [], [], []
     for method in methods:
         lam, a = chosen[method]["lam"], chosen[method]["a"]
-        base = Setting(dataset, method, lam, a, 0, "test", epochs or Setting.epochs)
+        base = Setting(dataset, method, lam, a, 0, "test", epochs)
         table += [replace(base, seed=seed) for seed in range(seeds)]
         if method != "none":
-            points = product(CURVE_FACTORS, range(min(seeds, CURVE_SEEDS)))
+            points = product(factors, range(min(seeds, few)))
             curves += [replace(base, lam=round(lam * f, 6), seed=seed) for f, seed in points]
-    return table, curves
+        if method == "integrated_tl1" and paper:
+            sweep = product(PAPER_SHAPES, range(seeds))
+            shapes += [replace(base, a=shape, seed=seed) for shape, seed in sweep]
+    return Runs(table, curves, shapes)

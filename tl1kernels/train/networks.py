@@ -2,36 +2,95 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter
 
 from torch import nn
 
 
-def digits_network() -> nn.Sequential:
-    """Return one convolution and two fully connected layers for 8 x 8 images in ten classes.
+def _network(*layers: nn.Module) -> nn.Sequential:
+    """Return the layers in order, named conv1, fc1, ..., by Xavier (Glorot & Bengio 2010).
 
-    34,346 parameters. Weights by Xavier initialisation (Glorot & Bengio 2010), biases zero but
-    for the hidden neurons', which start at 0.3. From zero some of them are silent on every image
-    from the start, more fall silent soon, and any penalty removes those alike: the comparison
-    would show the initialisation.
+    Biases are zero but for those of hidden linear layers, which start at 0.3. From zero some of
+    their neurons are silent on every input from the start, more fall silent soon, and any penalty
+    removes those alike: the comparison would show the initialisation.
     """
-    conv, fc1, fc2 = nn.Conv2d(1, 16, 3, padding=1), nn.Linear(16 * 4 * 4, 128), nn.Linear(128, 10)
-    for layer, bias in ((conv, 0.0), (fc1, 0.3), (fc2, 0.0)):
+    weighted = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    for layer in weighted:
+        hidden = isinstance(layer, nn.Linear) and layer is not weighted[-1]
         nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
-            nn.init.constant_(layer.bias, bias)
-    return nn.Sequential(
-        OrderedDict(
-            conv=conv,
-            relu1=nn.ReLU(),
-            pool=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc1=fc1,
-            relu2=nn.ReLU(),
-            fc2=fc2,
-        )
+            nn.init.constant_(layer.bias, 0.3 if hidden else 0.0)
+    network, count = nn.Sequential(), Counter[str]()
+    for module in layers:
+        name = type(module).__name__.lower()
+        kind = {"conv2d": "conv", "linear": "fc"}.get(name, name)
+        count[kind] += 1
+        network.add_module(f"{kind}{count[kind]}", module)
+    return network
+
+
+def digits_network() -> nn.Sequential:
+    """Return one convolution and two linear layers for images of 8 x 8; 34,346 parameters."""
+    return _network(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 4 * 4, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
     )
 
 
-NETWORKS = {"digits": digits_network}
-"""The network for each data set."""
+def lenet() -> nn.Sequential:
+    """Return LeNet-5 as Caffe has it, for images of 28 x 28; 431,080 parameters."""
+    return _network(
+        nn.Conv2d(1, 20, 5),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(50 * 4 * 4, 500),
+        nn.ReLU(),
+        nn.Linear(500, 10),
+    )
+
+
+def pendigits_network() -> nn.Sequential:
+    """Return three linear layers for 16 features; 12,810 parameters."""
+    return _network(
+        nn.Linear(16, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
+
+
+def sdd_network() -> nn.Sequential:
+    """Return four linear layers, 40, 40 and 30 hidden neurons (Scardapane et al. 2017)."""
+    return _network(
+        nn.Linear(48, 40),
+        nn.ReLU(),
+        nn.Linear(40, 40),
+        nn.ReLU(),
+        nn.Linear(40, 30),
+        nn.ReLU(),
+        nn.Linear(30, 11),
+    )
+
+
+def cifar10_network() -> nn.Sequential:
+    """Return four convolutions in two blocks and two linear layers; 2,360,138 parameters."""
+    return _network(
+        nn.Conv2d(3, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 128, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(128, 128, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128 * 8 * 8, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
+    )

@@ -1,50 +1,53 @@
-"""Tables, curves and pictures from results; every file says which runs it shows."""
+"""The paper's tables from results: summaries, ranks, findings; as text, CSV and JSON."""
 
 from __future__ import annotations
 
 import csv
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import rankdata
 
-from tl1kernels.train.run import METHODS, Setting, environment
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from tl1kernels.train.recipes import RECIPES
+from tl1kernels.train.run import OPTIONS, Setting, environment
 
 Result = dict[str, Any]
+Row = dict[str, Any]
 
 TITLES = {
     "none": "no penalty",
-    "l1": "l1",
+    **{method: method for method in OPTIONS},
     "group_lasso": "group lasso",
     "sparse_group_lasso": "sparse group lasso",
     "cges": "CGES",
     "tl1": "TL1",
     "integrated_tl1": "integrated TL1",
 }
-MEASURES = {
+"""By method, in the order of tables and legends."""
+TABLE_2 = {
     "accuracy": "accuracy\n%",
     "flops": "FLOPs\n%",
     "parameters": "parameters\n%",
-    "neurons_removed": "neurons\nremoved %",
 }
-"""Columns of the main table: the paper's Table 2, and neurons."""
-LAST_LAYER = {
-    "last_inputs_removed": "neurons\nremoved %",
+"""Columns of the paper's Table 2, besides the average rank."""
+TABLE_3 = {
+    "neurons_removed": "neurons\nremoved %",
+    "last_inputs_removed": "last layer:\nneurons",
     "last_zeros": "zeros among\nthe rest %",
 }
 """Columns of the paper's Table 3: neurons without weights in the last layer, and what the others
-lost there."""
+lost there; before them, neurons of all layers."""
+SIDE_BY_SIDE = ("group_lasso", "tl1", "integrated_tl1")
+"""The methods of the paper's Table 3."""
+BUDGETS = (3, 5, 7, 10, 15)
+"""Shares of the parameters, in %, at which the curves of Fig. 4 are compared."""
 
 
 def measures(result: Result) -> dict[str, float]:
@@ -63,7 +66,7 @@ def measures(result: Result) -> dict[str, float]:
     }
 
 
-def summarize(results: Sequence[Result]) -> list[dict[str, Any]]:
+def summarize(results: Sequence[Result]) -> list[Row]:
     """Return one row for each method and its options: means and standard deviations over seeds."""
     runs: dict[tuple[str, float, float], list[Result]] = {}
     for result in results:
@@ -71,14 +74,96 @@ def summarize(results: Sequence[Result]) -> list[dict[str, Any]]:
         runs.setdefault((setting["method"], setting["lam"], setting["a"]), []).append(result)
     rows = []
     for (method, lam, a), group in runs.items():
-        row: dict[str, Any] = {"method": method, "lam": lam, "a": a, "seeds": len(group)}
+        row: Row = {"method": method, "lam": lam, "a": a, "seeds": len(group)}
         every = [measures(result) for result in group]
-        for name in (*MEASURES, *LAST_LAYER):
+        for name in (*TABLE_2, *TABLE_3):
             values = [one[name] for one in every]
             row[name] = mean(values)
             row[f"{name}_std"] = stdev(values) if len(values) > 1 else 0.0
         rows.append(row)
-    return sorted(rows, key=lambda row: (METHODS.index(row["method"]), row["lam"]))
+    order = list(TITLES)
+    return sorted(rows, key=lambda row: (order.index(row["method"]), row["lam"], row["a"]))
+
+
+def add_ranks(rows: Sequence[Row]) -> None:
+    """Give each regularizer its average rank: over accuracy, FLOPs and parameters, 1 the best."""
+    ranked = [row for row in rows if row["method"] != "none"]
+    worse = [[-row["accuracy"], row["flops"], row["parameters"]] for row in ranked]
+    for row, ranks in zip(ranked, rankdata(worse, axis=0) if worse else [], strict=True):
+        row["average_rank"] = float(ranks.mean())
+
+
+def findings(table: Sequence[Row], curves: Sequence[Row], shapes: Sequence[Row]) -> list[Row]:
+    """Return what the paper claims, whether these runs show it, and the figures that say so.
+
+    Args:
+        table: of the chosen options.
+        curves: the same and other lam.
+        shapes: integrated TL1 with other a.
+    """
+    by = {row["method"]: row for row in table}
+    found = []
+    if by.keys() >= set(SIDE_BY_SIDE):
+        rows = {m: {name: by[m][name] for name in TABLE_3} for m in SIDE_BY_SIDE}
+        group, single, both = rows.values()
+        found.append(
+            {
+                "claim": "Table 3: in the last layer group lasso removes neurons and no other "
+                "connection, TL1 connections and few neurons, integrated TL1 both",
+                "holds": group["last_zeros"] < 1 < both["last_zeros"]
+                and single["last_inputs_removed"] < both["last_inputs_removed"]
+                and single["last_inputs_removed"] < group["last_inputs_removed"]
+                and single["last_zeros"] > 1,
+                "figures": rows,
+            }
+        )
+    if shapes:
+        left = [row["parameters"] for row in shapes]
+        best = max(shapes, key=lambda row: row["accuracy"])
+        figures = {
+            f"a = {row['a']:g}": {name: row[name] for name in ("accuracy", "parameters")}
+            for row in shapes
+        }
+        found += [
+            {
+                "claim": "Fig. 7: the smaller a, the fewer parameters",
+                "holds": left == sorted(left),
+                "figures": figures,
+            },
+            {
+                "claim": "Fig. 7: the most accurate a is neither the smallest nor the largest",
+                "holds": best not in (shapes[0], shapes[-1]),
+                "figures": figures,
+            },
+        ]
+    for other in ("sparse_group_lasso", "cges"):
+        if {"integrated_tl1", other} <= by.keys():
+            ours, theirs = best_within(curves, "integrated_tl1"), best_within(curves, other)
+            found.append(
+                {
+                    "claim": "Fig. 4: within each budget of parameters up to 15 % that it meets, "
+                    f"the best accuracy of integrated TL1 is above that of {TITLES[other]}",
+                    "holds": any(ours.values())
+                    and all(best > theirs[budget] for budget, best in ours.items() if best),
+                    "figures": {
+                        f"at most {budget} % of the parameters": {
+                            "integrated_tl1": ours[budget] or None,
+                            other: theirs[budget] or None,
+                        }
+                        for budget in BUDGETS
+                    },
+                }
+            )
+    return found
+
+
+def best_within(curves: Sequence[Row], method: str) -> dict[int, float]:
+    """Return a method's best mean accuracy within each budget; 0 where no row meets it."""
+    mine = [row for row in curves if row["method"] == method]
+    return {
+        budget: max((r["accuracy"] for r in mine if r["parameters"] <= budget), default=0.0)
+        for budget in BUDGETS
+    }
 
 
 def plain_table(title: str, headers: Sequence[str]) -> Table:
@@ -89,40 +174,35 @@ def plain_table(title: str, headers: Sequence[str]) -> Table:
     return table
 
 
-def print_tables(rows: Sequence[dict[str, Any]], dataset: str, console: Console) -> None:
-    """Print the summary: mean ± standard deviation over the seeds."""
-    seeds = rows[0]["seeds"]
-    title = f"{dataset.upper()}, test split: mean ± standard deviation of {seeds} runs"
-    for heading, columns in ((title, MEASURES), ("The same runs' last layer", LAST_LAYER)):
-        table = plain_table(heading, ["method", "lam", "a", *columns.values()])
-        for row in rows:
-            cells = [f"{row[name]:.1f} ±{row[name + '_std']:.1f}" for name in columns]
-            table.add_row(TITLES[row["method"]], f"{row['lam']:g}", f"{row['a']:g}", *cells)
-        console.print(table)
+def print_tables(rows: Sequence[Row], dataset: str, console: Console) -> None:
+    """Print Tables 2 and 3: mean ± standard deviation over the seeds."""
+    title = (
+        f"{RECIPES[dataset].title}, test split: mean ± standard deviation of "
+        f"{rows[0]['seeds']} runs (Table 2)"
+    )
+    rank = [f"{row['average_rank']:.1f}" if "average_rank" in row else "" for row in rows]
+    _print_table(title, rows, TABLE_2, {"average\nrank": rank}, console)
+    _print_table("The same runs' neurons (Table 3)", rows, TABLE_3, {}, console)
 
 
-def write_all(
-    out: Path, table: Sequence[Result], curves: Sequence[Result], command: str
-) -> dict[str, Path]:
-    """Write table, curves, filters and models to `out`; return what is where."""
-    rows = summarize(table)
-    points = summarize([*table, *curves])
-    files = {
-        "table": out / "table.json",
-        "table as CSV": out / "table.csv",
-        "curves": out / "curves.png",
-        "points of the curves": out / "curves.csv",
-        "first-layer filters": out / "filters.png",
-        "sparse models": out / "models",
-    }
-    summary = {"command": command, "environment": environment(), "rows": rows}
-    files["table"].write_text(json.dumps(summary, indent=2) + "\n")
-    _write_csv(files["table as CSV"], rows)
-    _write_csv(files["points of the curves"], points)
-    plot_curves(points, table[0]["setting"]["dataset"], files["curves"])
-    models = copy_models(out, table)
-    plot_filters(models, files["first-layer filters"])
-    return files
+def _print_table(
+    title: str,
+    rows: Sequence[Row],
+    columns: Mapping[str, str],
+    more: Mapping[str, Sequence[str]],
+    console: Console,
+) -> None:
+    table = plain_table(title, ["method", "lam", "a", *columns.values(), *more])
+    for row, *last in zip(rows, *more.values(), strict=True):
+        cells = [f"{row[name]:.1f} ±{row[name + '_std']:.1f}" for name in columns]
+        table.add_row(TITLES[row["method"]], f"{row['lam']:g}", f"{row['a']:g}", *cells, *last)
+    console.print(table)
+
+
+def print_findings(found: Sequence[Row], console: Console) -> None:
+    """Print each claim of the paper and whether it holds here."""
+    for one in found:
+        console.print(f"{'holds' if one['holds'] else 'does NOT hold':>14}: {one['claim']}")
 
 
 def copy_models(out: Path, table: Sequence[Result]) -> dict[str, Path]:
@@ -130,7 +210,7 @@ def copy_models(out: Path, table: Sequence[Result]) -> dict[str, Path]:
     folder = out / "models"
     folder.mkdir(exist_ok=True)
     models = {}
-    for method in METHODS:
+    for method in TITLES:
         mine = [result for result in table if result["setting"]["method"] == method]
         if mine:
             median = sorted(mine, key=lambda result: result["accuracy"])[len(mine) // 2]
@@ -139,62 +219,14 @@ def copy_models(out: Path, table: Sequence[Result]) -> dict[str, Path]:
     return models
 
 
-def plot_curves(points: Sequence[dict[str, Any]], dataset: str, path: Path) -> None:
-    """Plot accuracy against parameters, one line a method, one point a lam; from 85 % up."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method in METHODS:
-        mine = [row for row in points if row["method"] == method]
-        if not mine:
-            continue
-        mine.sort(key=lambda row: row["parameters"])
-        axes.errorbar(
-            [row["parameters"] for row in mine],
-            [row["accuracy"] for row in mine],
-            yerr=[row["accuracy_std"] for row in mine],
-            marker="o",
-            capsize=2,
-            label=TITLES[method],
-            linestyle="none" if method == "none" else "-",
-        )
-    axes.set(
-        xscale="log",
-        xlabel="parameters left, % (log scale)",
-        ylabel="test accuracy, %",
-        title=f"{dataset.upper()}: accuracy against size as lam grows",
-        ylim=(85, 100),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_filters(models: dict[str, Path], path: Path) -> None:
-    """Draw each model's first-layer filters; zero weights are white, dead filters crossed out."""
-    figure, axes = plt.subplots(
-        len(models), 1, figsize=(8, 0.9 * len(models)), layout="constrained", squeeze=False
-    )
-    for (method, file), ax in zip(models.items(), axes[:, 0], strict=True):
-        state = torch.load(file, weights_only=True)
-        filters = state["conv.weight"].flatten(0, 1)
-        n, height, width = filters.shape
-        gap = torch.full((n, height, 1), float("nan"))
-        strip = torch.cat([filters, gap], 2).permute(1, 0, 2).reshape(height, -1)[:, :-1]
-        limit = float(filters.abs().max()) or 1.0
-        ax.imshow(strip.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
-        for index in filters.flatten(1).eq(0).all(1).nonzero().flatten().tolist():
-            left = index * (width + 1) - 0.5
-            ax.plot([left, left + width], [-0.5, height - 0.5], color="black", linewidth=0.8)
-            ax.plot([left, left + width], [height - 0.5, -0.5], color="black", linewidth=0.8)
-        ax.set_ylabel(TITLES[method], rotation=0, ha="right", va="center")
-        ax.set(xticks=[], yticks=[])
-    figure.suptitle("First-layer filters (white: zero, crossed out: removed)")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+def write(out: Path, name: str, command: str, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write rows as `<name>.json` and `<name>.csv`, both with the command that makes them again."""
+    files = [out / f"{name}.json", out / f"{name}.csv"]
+    content = {"command": command, "environment": environment(), "rows": list(rows)}
+    files[0].write_text(json.dumps(content, indent=2) + "\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with files[1].open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*columns, "command"])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({**row, "command": command} for row in rows)
+    return files

@@ -9,6 +9,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,30 @@ import torch.nn.functional as F
 
 import tl1kernels as tk
 from tl1kernels.train.data import DATA, Data
-from tl1kernels.train.networks import NETWORKS
+from tl1kernels.train.recipes import RECIPES
 
 METHODS = ("none", *tk.PRESETS)
 """What is compared: no penalty, and the regularizers of the paper."""
 
+OPTIONS: dict[str, dict[str, Any]] = {name: dict(of) for name, of in tk.PRESETS.items()} | {
+    name: {"penalty": name, "group_by": "auto" if penalty.coupled else None}
+    for name, penalty in tk.PENALTIES.items()
+    if name not in tk.PRESETS
+}
+"""By method, what `param_groups` gets: the presets, and every other penalty alone."""
+
+MU_MIN = 0.2
+SETTLED = 1e-3
+PATIENCE = 5
+
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that decides a run's outcome, and nothing else."""
+    """Everything that decides a run's outcome, besides the recipe and the code.
+
+    Attributes:
+        epochs: the most; None for the recipe's.
+    """
 
     dataset: str
     method: str
@@ -34,71 +50,78 @@ class Setting:
     a: float
     seed: int
     evaluate_on: str
-    epochs: int = 100
-    lr: float = 2e-3
-    batch_size: int = 128
-    mu_min: float = 0.2
+    epochs: int | None = None
 
     @property
     def file_name(self) -> str:
         """Name of this run's files, without suffix; one for each distinct setting."""
-        return (
-            f"{self.dataset}-{self.method}-lam{self.lam}-a{self.a}-seed{self.seed}"
-            f"-{self.evaluate_on}-e{self.epochs}-lr{self.lr}-b{self.batch_size}-m{self.mu_min}"
-        )
+        name = f"{self.dataset}-{self.method}-lam{self.lam}-a{self.a}-seed{self.seed}"
+        epochs = "" if self.epochs is None else f"-e{self.epochs}"
+        return f"{name}-{self.evaluate_on}{epochs}"
 
 
-def train(setting: Setting) -> tuple[torch.nn.Module, dict[str, Any]]:
+def train(setting: Setting, data_folder: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Train one network and return it with its result: accuracy, what is left, history."""
+    recipe = RECIPES[setting.dataset]
+    data = _data(setting.dataset, setting.evaluate_on, data_folder)
     torch.manual_seed(setting.seed)
-    data = _data(setting.dataset, setting.evaluate_on)
-    network = NETWORKS[setting.dataset]()
+    network = recipe.network()
     optimizer = make_optimizer(network, setting)
     began = time.perf_counter()
-    history = []
-    for _ in range(setting.epochs):
+    history: list[dict[str, float]] = []
+    while len(history) < (setting.epochs or recipe.epochs) and not settled(history):
         total = 0.0
-        for batch in torch.randperm(len(data.fit_labels)).split(setting.batch_size):
+        for batch in torch.randperm(len(data.fit_labels)).split(recipe.batch_size):
             optimizer.zero_grad()
-            loss = F.cross_entropy(network(data.fit_images[batch]), data.fit_labels[batch])
+            loss = F.cross_entropy(network(data.fit_inputs[batch]), data.fit_labels[batch])
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch)
         history.append({"loss": total / len(data.fit_labels), "accuracy": accuracy(network, data)})
-    left = tk.sparsity(network, data.eval_images[:8])
+    left = tk.sparsity(network, data.eval_inputs[:8])
     result = {
         "setting": asdict(setting),
         "accuracy": history[-1]["accuracy"],
         "sparsity": left.as_dict(),
         "history": history,
+        "iterations_per_epoch": -(-len(data.fit_labels) // recipe.batch_size),
         "seconds": time.perf_counter() - began,
         "environment": environment(),
     }
     return network, result
 
 
+def settled(history: list[dict[str, float]]) -> bool:
+    """Return whether the training loss has stopped changing.
+
+    By less than `SETTLED` of itself in each of the last `PATIENCE` epochs: one alone may be chance.
+    """
+    losses = [epoch["loss"] for epoch in history[-PATIENCE - 1 :]]
+    small = [abs(after - before) < SETTLED * before for before, after in pairwise(losses)]
+    return len(small) == PATIENCE and all(small)
+
+
 def make_optimizer(network: torch.nn.Module, setting: Setting) -> torch.optim.Optimizer:
-    """Return Adam with the setting's regularizer; torch's own where there is none."""
+    """Return the recipe's optimizer with the setting's regularizer; torch's own where none is."""
+    recipe = RECIPES[setting.dataset]
     if setting.method == "none":
-        return torch.optim.Adam(network.parameters(), lr=setting.lr)
-    groups = tk.param_groups(
-        network,
-        lam=setting.lam,
-        a=setting.a,
-        mu_min=setting.mu_min,
-        **tk.PRESETS[setting.method],
-    )
-    return tk.ProxAdam(groups, lr=setting.lr)
+        plain = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[recipe.optimizer]
+        return plain(network.parameters(), lr=recipe.lr)
+    options = {"mu_min": MU_MIN, "a": setting.a, **OPTIONS[setting.method]}
+    groups = tk.param_groups(network, lam=setting.lam, **options)
+    proximal = {"Adam": tk.ProxAdam, "SGD": tk.ProxSGD}[recipe.optimizer]
+    return proximal(groups, lr=recipe.lr)
 
 
 @torch.no_grad()
 def accuracy(network: torch.nn.Module, data: Data) -> float:
-    """Return the share of the evaluation images that the network classifies correctly."""
-    predicted = network(data.eval_images).argmax(1)
-    return (predicted == data.eval_labels).double().mean().item()
+    """Return the share of the evaluation inputs that the network classifies correctly."""
+    batches = zip(data.eval_inputs.split(1000), data.eval_labels.split(1000), strict=True)
+    right = sum((network(x).argmax(1) == y).sum().item() for x, y in batches)
+    return right / len(data.eval_labels)
 
 
-def run_to_file(setting: Setting, folder: Path) -> dict[str, Any]:
+def run_to_file(setting: Setting, folder: Path, data_folder: Path) -> dict[str, Any]:
     """Train, write `<file_name>.json` and `.pt` (a state_dict) to `folder`, return the result.
 
     A run that is there already is read instead, if this code made it on this machine. The JSON
@@ -109,7 +132,7 @@ def run_to_file(setting: Setting, folder: Path) -> dict[str, Any]:
         known = json.loads(target.read_text())
         if known["environment"] == environment():
             return known
-    network, result = train(setting)
+    network, result = train(setting, data_folder)
     torch.save(network.state_dict(), target.with_suffix(".pt"))
     draft = target.with_suffix(f".{os.getpid()}.draft")
     draft.write_text(json.dumps(result))
@@ -117,9 +140,9 @@ def run_to_file(setting: Setting, folder: Path) -> dict[str, Any]:
     return result
 
 
-@lru_cache(maxsize=4)
-def _data(dataset: str, evaluate_on: str) -> Data:
-    return DATA[dataset](evaluate_on)
+@lru_cache(maxsize=2)
+def _data(dataset: str, evaluate_on: str, folder: Path) -> Data:
+    return DATA[dataset].load(RECIPES[dataset].title, evaluate_on, folder)
 
 
 @lru_cache(maxsize=1)
