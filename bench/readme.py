@@ -9,28 +9,47 @@ import re
 import sys
 from pathlib import Path
 
-from tl1kernels.train.report import TITLES
+from tl1kernels.train import report
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 
 
-def digits() -> str:
-    """Return DIGITS' table: the paper's Tables 2 and 3 side by side."""
-    results = json.loads((RESULTS / "digits.json").read_text())
-    columns = {
-        "accuracy": "accuracy %",
-        "parameters": "parameters %",
-        "flops": "FLOPs %",
-        "neurons_removed": "neurons removed %",
-        "last_inputs_removed": "last layer: neurons removed %",
-        "last_zeros": "last layer: zeros among the rest %",
-    }
-    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+def table2() -> str:
+    """Return DIGITS' table 2: accuracy, FLOPs, parameters, average rank."""
+    return _experiment("table2", report.TABLE_2, rank=True)
+
+
+def table3() -> str:
+    """Return DIGITS' table 3: which neurons and connections went."""
+    columns = {**report.TABLE_3, "neurons_removed": "neurons removed %"}
+    columns["last_inputs_removed"] = "last layer: neurons removed %"
+    columns["last_zeros"] = "last layer: zeros among the rest %"
+    return _experiment("table3", columns)
+
+
+def findings() -> str:
+    """Return which of the paper's claims hold on DIGITS."""
+    lines = ["| of the paper's claims | here |", "|---|---|"]
+    for row in _digits("findings")["rows"]:
+        lines.append(f"| {row['claim']} | {'holds' if row['holds'] else '**does not hold**'} |")
+    return "\n".join(lines)
+
+
+def _digits(name: str) -> dict:
+    return json.loads((RESULTS / "digits" / f"{name}.json").read_text())
+
+
+def _experiment(name: str, columns: dict[str, str], rank: bool = False) -> str:
+    results = _digits(name)
+    headers = [*(title.replace("\n", " ") for title in columns.values()), *["average rank"] * rank]
+    lines = ["| | " + " | ".join(headers) + " |", "|---" * (len(headers) + 1) + "|"]
     for row in results["rows"]:
         cells = [f"{row[name]:.1f} ± {row[name + '_std']:.1f}" for name in columns]
-        lines.append(f"| {TITLES[row['method']]} | " + " | ".join(cells) + " |")
+        if rank:
+            cells.append(f"{row['average_rank']:.1f}" if "average_rank" in row else "")
+        lines.append(f"| {report.TITLES[row['method']]} | " + " | ".join(cells) + " |")
     environment = results["environment"]
     seeds = results["rows"][0]["seeds"]
     lines += [
@@ -43,9 +62,9 @@ def digits() -> str:
 
 def cpu() -> str:
     """Return the ratios of bench/test_cpu.py, and where they were taken."""
-    report = json.loads((RESULTS / "cpu.json").read_text())
+    timed = json.loads((RESULTS / "cpu.json").read_text())
     lines = ["| step | beside | ms | ratio | bound |", "|---|---|---|---|---|"]
-    for row in report["results"]:
+    for row in timed["results"]:
         if row["ratio"] > 0.5:
             ratio, bound = f"{row['ratio']:.2f}", f"{row['bound']:.2f}"
         else:  # so much faster that the inverse reads better
@@ -53,18 +72,18 @@ def cpu() -> str:
         late = "" if row["ratio"] <= row["bound"] else " **missed**"
         cells = [row["case"], row["peer"], f"{row['ours_ms']:.1f}", ratio + late, bound]
         lines.append("| " + " | ".join(cells) + " |")
-    where = report["environment"]
+    where = timed["environment"]
     processor = f"{where['threads']} threads of an {where['processor']} ({where['instructions']})"
     lines += [
         "",
         f"float32, 4096x4096 unless it says otherwise; medians of both sides interleaved in one "
-        f"process, {processor}, torch {where['torch']}, copy {report['copy_gb_per_s']:.0f} GB/s; "
+        f"process, {processor}, torch {where['torch']}, copy {timed['copy_gb_per_s']:.0f} GB/s; "
         f"commit {where['commit']}.",
     ]
     return "\n".join(lines)
 
 
-TABLES = {"digits": digits, "cpu": cpu}
+TABLES = {"table2": table2, "table3": table3, "findings": findings, "cpu": cpu}
 
 
 def rendered(readme: str) -> str:

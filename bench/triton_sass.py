@@ -83,6 +83,7 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=F
         "Apply": apply,
         "STATES": STATES[rule],
         "Prox": triton_penalties.PENALTIES[penalty][1],
+        "Couple": triton_penalties.PENALTIES[penalty][2],
         "T": _named(dtype),
         "G": _named(copies or dtype),
         "A": _named(state_dtype(dtype)),
@@ -100,6 +101,7 @@ def compiled_prepare(rule, penalty, dtype, counters=False, target=H200):
     """Compile the kernel of the coefficients; return Triton's compiled kernel."""
     constants = {
         "Prepare": triton_penalties.PENALTIES[penalty][0],
+        "COUPLED": triton_penalties.PENALTIES[penalty][2] is not None,
         "ADAM": rule.startswith("adam"),
         "COUNTERS": counters,
         "A": _named(state_dtype(dtype)),

@@ -32,7 +32,7 @@ COUPLED = [name for name, row in tk.PENALTIES.items() if row.coupled]
 
 ON_THE_REFERENCE_ALONE = {
     "cpu": {"exclusive"},
-    "triton": {"exclusive", "cges", "l1_minus_l2"},
+    "triton": {"exclusive"},
     "reference": set(),
 }
 """Penalties that a backend has no kernel for yet."""

@@ -140,6 +140,69 @@ def test_measures_of_the_last_layer_separate_dead_neurons_from_zeros_among_the_r
     )
 
 
+def row(method, accuracy=97.0, parameters=5.0, flops=20.0, a=1.0, neurons=0.0, zeros=0.0):
+    of = {"method": method, "accuracy": accuracy, "parameters": parameters, "flops": flops}
+    return {**of, "a": a, "last_inputs_removed": neurons, "last_zeros": zeros, "neurons_removed": 1}
+
+
+def test_the_average_rank_is_of_accuracy_flops_and_parameters_among_regularizers():
+    rows = [
+        row("none", 99, 100, 100),
+        row("l1", 97, 7, 10),
+        row("tl1", 97, 6, 20),
+        row("cges", 90, 8, 30),
+    ]
+    report.add_ranks(rows)
+    assert "average_rank" not in rows[0]
+    ranks = [one["average_rank"] for one in rows[1:]]
+    assert ranks == pytest.approx([(1.5 + 1 + 2) / 3, (1.5 + 2 + 1) / 3, 3])
+
+
+GOOD = [
+    row("group_lasso", neurons=80),
+    row("sparse_group_lasso", 94, 6),
+    row("cges", 94, 12),
+    row("tl1", neurons=3, zeros=60),
+    row("integrated_tl1", 97, 5, neurons=20, zeros=70),
+]
+SHAPES = [
+    row("integrated_tl1", acc, left, a=a)
+    for a, acc, left in ((1, 96, 3), (10, 97, 4), (100, 95, 5))
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        (None, None),
+        ({"of": "group_lasso", "last_zeros": 5}, 0),
+        ({"of": "tl1", "last_zeros": 0}, 0),
+        ({"of": "tl1", "last_inputs_removed": 30}, 0),
+        ({"of": "integrated_tl1", "last_zeros": 0}, 0),
+        ({"of": 10, "parameters": 6}, 1),
+        ({"of": 10, "accuracy": 96}, 2),  # as good as an end is not better
+        ({"of": "sparse_group_lasso", "accuracy": 98}, 3),
+        ({"of": "cges", "accuracy": 98}, 4),
+    ],
+)
+def test_a_claim_is_found_to_hold_only_where_the_figures_say_so(change, broken):
+    change = dict(change or {"of": ""})
+    of = change.pop("of")
+    table = [{**one, **change} if one["method"] == of else one for one in GOOD]
+    shapes = [{**one, **change} if one["a"] == of else one for one in SHAPES]
+    found = report.findings(table, table, shapes)
+    assert [i for i, one in enumerate(found) if not one["holds"]] == [broken] * (broken is not None)
+    assert len(found) == 5
+
+
+def test_a_run_ends_when_its_loss_has_settled():
+    falling = [{"loss": 0.9**i} for i in range(20)]
+    assert not run.settled(falling)
+    flat = [{"loss": 0.1 * (1 + 1e-4 * (i % 2))} for i in range(run.PATIENCE)]
+    assert not run.settled(falling + flat)
+    assert run.settled([*falling, *flat, flat[0]])
+
+
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     setting = run.Setting("digits", "l1", 0.3, 1.0, 0, "validation", epochs=1)
     first = run.run_to_file(setting, tmp_path, NOWHERE)
@@ -210,10 +273,10 @@ def test_a_method_named_twice_is_trained_once(tmp_path):
 
 def test_bad_usage_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     assert cli.main(["train", "digits", "--methods", "l3", "--out", str(tmp_path)]) == 2
-    assert "'l3'" in capsys.readouterr().out
+    assert "'l3'" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert cli.main(["train", "digits", "--out", str(tmp_path / "file")]) == 2
-    assert "--out must be a folder" in capsys.readouterr().out
+    assert "--out must be a folder" in capsys.readouterr().err
     monkeypatch.setenv("TL1KERNELS_BACKEND", "abacus")
     assert cli.main(["train", "digits", "--out", str(tmp_path)]) == 2
     assert "'abacus'" in capsys.readouterr().err

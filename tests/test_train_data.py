@@ -174,7 +174,7 @@ def test_a_file_that_is_something_else_is_named(name, file, content, says, tmp_p
     (tmp_path / file).write_bytes(gzip.compress(content) if packed else content)
     out = tmp_path / "out"
     assert cli.main(["train", name, "--data", str(tmp_path), "--out", str(out)]) == 2
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().err.split())
     assert file in printed
     assert says in printed
 
@@ -208,7 +208,7 @@ def test_without_network_the_message_says_which_file_to_put_where(tmp_path, caps
     (folder / "train-images-idx3-ubyte.gz").touch()
     command = ["train", "mnist", "--data", str(folder), "--out", str(tmp_path / "out")]
     assert cli.main(command) == 2
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert f"MNIST is not in {folder} and cannot be fetched" in printed
     assert "no network" in printed
     for name in ("train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
@@ -224,7 +224,7 @@ def test_a_search_chooses_and_the_final_runs_take_what_it_chose(tmp_path, capsys
     command = ["train", "pendigits", "--data", str(folder), "--out", str(out), "--epochs", "2"]
     command += ["--jobs", "1", "--seeds", "2", "--methods", "none", "scad", "integrated_tl1"]
     assert cli.main(command) == 2
-    assert "no lam and a were chosen yet for none, scad, integrated_tl1" in capsys.readouterr().out
+    assert "no lam and a were chosen yet for none, scad, integrated_tl1" in capsys.readouterr().err
     assert cli.main([*command, "--search"]) == 0
     chosen = json.loads((out / "chosen.json").read_text())
     assert chosen["command"] == (
@@ -246,6 +246,6 @@ def test_the_data_folder_is_named_after_the_data_set(tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     write_small("sdd", Path("data/sdd"))
     assert cli.main(["train", "sdd", "--epochs", "1"]) == 2
-    assert "no lam and a were chosen yet" in capsys.readouterr().out
+    assert "no lam and a were chosen yet" in capsys.readouterr().err
     assert cli.main(["train", "elsewhere"]) == 2
-    assert "dataset must be among digits, mnist" in capsys.readouterr().out
+    assert "dataset must be among digits, mnist" in capsys.readouterr().err

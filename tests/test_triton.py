@@ -165,6 +165,34 @@ def test_every_tile_agrees_with_the_reference(triton, name, dtype, offset):
 
 
 @runs
+@pytest.mark.parametrize("name", [name for name in VIEWS if VIEWS[name][1] is not None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("penalty", "tau"), [("cges", None), ("l1_minus_l2", 1.0), ("l1_minus_l2", 10.0)]
+)
+def test_every_tile_of_a_penalty_of_whole_groups(triton, name, dtype, penalty, tau):
+    """With tau = 10 one weight of each group is left, wherever it is."""
+    shape, group_by, _ = VIEWS[name]
+    v = torch.randn(shape).to(DEVICE, dtype)
+    view = view_of(v, group_by)
+    tau = tau or 0.6 / view.group_size
+    lasso = 0.3 * math.sqrt(view.group_size) if tau < 10 else 0.0
+    options = {"lam": tau + lasso, "mu": tau / (tau + lasso)}
+    options |= {"penalty": penalty, "group_by": group_by}
+    got, want = (tk.prox(v, 1.0, **options, backend=b) for b in ("triton", "reference"))
+    assert (got != 0).any()
+    if tau == 10:
+        assert (got != 0).sum() == view.n_groups
+    magnified = 1.0
+    if penalty == "l1_minus_l2":  # a short soft-thresholded group is scaled up
+        z = view.split((v.double().abs() - tau).clamp(min=0))
+        norms = torch.linalg.vector_norm(z, dim=(1, 3), keepdim=True).expand_as(z)
+        magnified = 1 + tau / view.join(norms, v.shape).clamp(min=1e-9)
+    ulps = {torch.float32: 8, torch.float64: 64}.get(dtype, 1 + rounding("triton", dtype))
+    assert_near(got, want, ulps, v.abs().clamp(min=1) * magnified)
+
+
+@runs
 @pytest.mark.parametrize("name", ["rows of 100", "columns", "long runs", "few rows of columns"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @variants

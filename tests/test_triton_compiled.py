@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.common import ELEMENTWISE
 from tl1kernels.backends import triton_launch
 from tl1kernels.plan import FLOAT_DTYPES as DTYPES
 
@@ -21,6 +20,8 @@ if triton_launch.interpreting():
 
 from bench import triton_sass
 from bench.triton_sass import STATES, TARGETS, TILES
+
+PENALTIES = triton_launch.penalties()
 
 BINARY = {"cuda": "cubin", "hip": "hsaco"}
 
@@ -35,13 +36,13 @@ def _cache(tmp_path_factory):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("rule", "penalty"),
-    [(rule, "tl1") for rule in STATES] + [("sgd", name) for name in (None, *ELEMENTWISE)],
+    [(rule, "tl1") for rule in STATES] + [("sgd", name) for name in PENALTIES],
 )
 def test_every_rule_and_penalty_is_a_binary_for_every_gpu(target, rule, penalty):
     """With the tiles, and the dtypes, in turn."""
     gpu = TARGETS[target]
     i = list(STATES).index(rule) + list(TARGETS).index(target)
-    i += [None, *ELEMENTWISE].index(penalty)
+    i += list(PENALTIES).index(penalty)
     dtype = DTYPES[i % 4]
     tile = ("flat", "columns first", "columns second", "long first", "long second")[i % 5]
     code = triton_sass.compiled(tile, rule, penalty, dtype, target=gpu)
@@ -82,6 +83,18 @@ def test_master_weights_are_a_binary_for_every_gpu(target):
     assert code.instructions["LDG.E.128"] == n_bytes / 16
     assert code.instructions["STG.E.128"] == code.count("STG") == n_bytes / 16
     assert (code.stack, code.local) == (0, 0)
+
+
+@pytest.mark.parametrize("penalty", [name for name in PENALTIES if PENALTIES[name][2]])
+def test_penalties_of_whole_groups_are_binaries_on_every_kind_of_tile(penalty):
+    """For Hopper, without local memory; one of them for each other GPU."""
+    tiles = ("rows 64", "columns whole", "columns first", "columns second", "long first")
+    for i, tile in enumerate((*tiles, "long second")):
+        code = triton_sass.compiled(tile, "sgd", penalty, DTYPES[i % 4])
+        assert triton_sass.code_of(code).local == 0
+    for tile, (name, gpu) in zip(tiles, TARGETS.items(), strict=False):
+        code = triton_sass.compiled(tile, "sgd", penalty, torch.float32, target=gpu)
+        assert code.asm[BINARY[gpu.backend]], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

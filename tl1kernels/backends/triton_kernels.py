@@ -19,7 +19,7 @@ import triton.language as tl
 from tl1kernels.backends.triton_math import (
     C_CUT,
     C_NORM_UNIT,
-    C_THRESHOLD,
+    C_OFFSET,
     C_ZERO,
     COPY,
     FACTORS,
@@ -36,9 +36,14 @@ from tl1kernels.backends.triton_math import (
     TABLE,
     TEAMS,
 )
+from tl1kernels.backends.triton_penalties import shrink_factor
 from tl1kernels.backends.triton_prepare import prepare_kernel
 
 __all__ = ["prepare_kernel", "resident_kernel", "split_kernel"]
+
+MEASURES = 4  # of a group whose weights are coupled: squares, sum, largest, its place in the piece
+OUTCOMES = 5  # factor, cut, kept, and where: piece, place in the piece
+NOWHERE = tl.constexpr(1 << 20)  # beyond any place in a tile
 
 # --- A tile: some of a tensor's weights, at `base + offsets`, from memory to t = the threshold of
 # the updated weight, and back when their factors are known.
@@ -113,13 +118,43 @@ def _squares(t, c):
 
 
 @triton.jit
-def _shrink_factor(squares, c):
-    """max(0, 1 - threshold / norm) of a group, from the sum of its squares."""
-    norm = tl.sqrt(squares)
-    threshold = tl.load(c + C_THRESHOLD)
-    # `<=` first, so that a norm of 0 is never divided by, and a NaN stays NaN.
-    factor = tl.where(norm <= threshold, 0.0, 1 - threshold / norm)
-    return tl.where(tl.load(c + C_NORM_UNIT) > 0, factor, 1.0)
+def _measured(t, place, axis: tl.constexpr, c, Couple: tl.constexpr):
+    """Of the groups along an axis: squares, sum, largest magnitude, the first place that has it.
+
+    Only the squares where no penalty couples weights.
+    """
+    if Couple is None:
+        squares = tl.sum(_squares(t, c), axis=axis)
+        return squares, squares, squares, squares
+    else:
+        size = tl.abs(t)
+        offset = tl.load(c + C_OFFSET)
+        beyond = tl.where(size <= offset, 0.0, size - offset)
+        largest = tl.max(size, axis=axis)
+        first = tl.where(size == tl.expand_dims(largest, axis), place, NOWHERE)
+        squares = tl.sum(_squares(beyond, c), axis=axis)
+        return squares, tl.sum(size, axis=axis), largest, tl.min(first, axis=axis)
+
+
+@triton.jit
+def _finished(squares, total, largest, c, Couple: tl.constexpr):
+    """What becomes of the groups: factor, cut, kept, as `triton_penalties` has them."""
+    if Couple is None:
+        factor = shrink_factor(squares, c)
+        return factor, factor, factor
+    else:
+        return Couple(squares, total, largest, c)
+
+
+@triton.jit
+def _shrunk(t, factor, cut, kept, first, A: tl.constexpr, Couple: tl.constexpr):
+    """The weights; `first` says which is the first of the largest ones of its group."""
+    if Couple is None:
+        return t * factor
+    else:
+        size = tl.abs(t)
+        w = tl.where(size <= cut, 0.0, (size - cut) * factor)
+        return _with_sign_of(tl.where(first, tl.where(kept >= 0, kept, w), w), t, A)
 
 
 @triton.jit
@@ -177,7 +212,7 @@ def _flat_tile(
 def _rows_tile(
     row, c, stream, tile, TILE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
     Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
-    T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
+    Couple: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """Groups that are rows of at most WIDTH neighbours, as many as fill TILE."""
     ROWS: tl.constexpr = TILE // WIDTH if WIDTH < TILE else 1
@@ -194,16 +229,19 @@ def _rows_tile(
     t = _thresholded(
         row, c, base, offsets, mask, False, ALIGNED, Advance, Apply, STATES, Prox, T, G, A
     )
-    factor = _shrink_factor(tl.sum(_squares(t, c), axis=1), c)
-    _write(row, c, stream, base, offsets, mask, t * factor[:, None], T, G, ALIGNED)
+    squares, total, largest, at = _measured(t, column, 1, c, Couple)
+    factor, cut, kept = _finished(squares, total, largest, c, Couple)
+    first_of_largest = column == at[:, None]
+    w = _shrunk(t, factor[:, None], cut[:, None], kept[:, None], first_of_largest, A, Couple)
+    _write(row, c, stream, base, offsets, mask, w, T, G, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def resident_kernel(
     table, coefficients, work, found_inf, seed,
     Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
-    T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr, KINDS: tl.constexpr,
-    TILE: tl.constexpr,
+    Couple: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
+    KINDS: tl.constexpr, TILE: tl.constexpr,
 ):
     """One tile a program: no groups, or groups that the tile holds. Each weight is read once.
 
@@ -225,7 +263,7 @@ def resident_kernel(
                     if kind == 2 * k + aligned:
                         _rows_tile(
                             row, c, stream, tile, TILE, 1 << k, aligned == 1,
-                            Advance, Apply, STATES, Prox, T, G, A, VECTOR,
+                            Advance, Apply, STATES, Prox, Couple, T, G, A, VECTOR,
                         )
             if (KINDS >> (62 + aligned)) & 1:
                 if kind == 62 + aligned:
@@ -264,20 +302,72 @@ def _wait(ready):
 
 
 @triton.jit
-def _sum_of_neighbours(sums, n, LENGTH: tl.constexpr):
-    """Each element's sum over the n of its group, where groups are runs of n neighbours."""
+def _of_neighbours(squares, total, largest, piece, at, n, Couple: tl.constexpr):
+    """Each element's sums and first largest over the n of its group: runs of n neighbours."""
+    LENGTH: tl.constexpr = squares.shape[0]
     group = tl.arange(0, LENGTH) // n.to(tl.int32)
     same = group[:, None] == group[None, :]
-    return tl.sum(tl.where(same, sums[None, :], 0.0), axis=1)
+    squares = tl.sum(tl.where(same, squares[None, :], 0.0), axis=1)
+    if Couple is not None:
+        total = tl.sum(tl.where(same, total[None, :], 0.0), axis=1)
+        top = tl.max(tl.where(same, largest[None, :], 0.0), axis=1)
+        among = same & (largest[None, :] == top[:, None])
+        first = tl.min(tl.where(among, piece[None, :], 1 << 30), axis=1)
+        among = among & (piece[None, :] == first[:, None])
+        at = tl.min(tl.where(among, at[None, :], NOWHERE), axis=1)
+        largest = top
+        piece = first
+    return squares, total, largest, piece, at
+
+
+@triton.jit
+def _leave(
+    address, stride, mask, squares, total, largest, at, A: tl.constexpr, Couple: tl.constexpr
+):
+    """Leave what was measured of a piece for the team."""
+    tl.store(address, squares, mask=mask)
+    if Couple is not None:
+        tl.store(address + stride, total, mask=mask)
+        tl.store(address + 2 * stride, largest, mask=mask)
+        tl.store(address + 3 * stride, at.to(A), mask=mask)
+
+
+@triton.jit
+def _decide(
+    address, stride, mask, squares, total, largest, piece, at, c, A: tl.constexpr,
+    Couple: tl.constexpr,
+):
+    """Leave for the team what becomes of its groups."""
+    factor, cut, kept = _finished(squares.to(A), total.to(A), largest, c, Couple)
+    tl.store(address, factor, mask=mask)
+    if Couple is not None:
+        tl.store(address + stride, cut, mask=mask)
+        tl.store(address + 2 * stride, kept, mask=mask)
+        tl.store(address + 3 * stride, piece.to(A), mask=mask)
+        tl.store(address + 4 * stride, at.to(A), mask=mask)
+
+
+@triton.jit
+def _decided(address, stride, mask, own_piece, Couple: tl.constexpr):
+    """What becomes of a piece's groups: factor, cut, kept, and the place of that in this piece."""
+    factor = _load(address, mask, 0.0)
+    if Couple is None:
+        return factor, factor, factor, factor.to(tl.int32)
+    else:
+        piece = _load(address + 3 * stride, mask, -1.0).to(tl.int32)
+        at = _load(address + 4 * stride, mask, 0.0).to(tl.int32)
+        cut = _load(address + stride, mask, 0.0)
+        kept = _load(address + 2 * stride, mask, -1.0)
+        return factor, cut, kept, tl.where(piece == own_piece, at, NOWHERE)
 
 
 @triton.jit
 def _columns_tile(
-    row, c, stream, team, piece, partials, factors, arrivals, ready,
+    row, c, stream, team, piece, partials, n_partials, factors, n_factors, arrivals, ready,
     PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr,
-    STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr,
-    VECTOR: tl.constexpr,
+    STATES: tl.constexpr, Prox: tl.constexpr, Couple: tl.constexpr, T: tl.constexpr,
+    G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """Groups that are columns, or `inner` neighbours in each of many rows: ROWS x COLUMNS of them.
 
@@ -302,6 +392,7 @@ def _columns_tile(
     inside = (column < span) & (column < row_length - left)
     mask = (r < outer - above) & inside[None, :]
     offsets = r * row_length + column[None, :]
+    place = r * COLUMNS + column[None, :]
     own_factors = factors + tl.load(row + FACTORS) + block * row_length + left + column
     arrivals += tl.load(row + TEAMS) + team
     ready += tl.load(row + TEAMS) + team
@@ -316,36 +407,63 @@ def _columns_tile(
     if PHASE == 0 and T == A:
         tl.store(_at(row, PARAM, T, base, ALIGNED) + offsets, t, mask=mask)
     if PHASE == 0:
-        sums = tl.sum(_squares(t, c), axis=0)
+        squares, total, largest, at = _measured(t, place, 0, c, Couple)
         of_block = partials + tl.load(row + PARTIALS) + block * pieces * row_length + left + column
-        tl.store(of_block + piece.to(tl.int64) * row_length, sums, mask=inside)
+        own = of_block + piece.to(tl.int64) * row_length
+        _leave(own, n_partials, inside, squares, total, largest, at, A, Couple)
         if _arrive(arrivals, pieces):
-            total = tl.zeros([COLUMNS], tl.float64)
-            for i in range(0, pieces, ROWS):
+            all_squares = tl.zeros([COLUMNS], tl.float64)
+            all_total = tl.zeros([COLUMNS], tl.float64)
+            top = tl.zeros([COLUMNS], A)
+            piece_of_top = tl.zeros([COLUMNS], tl.int32)
+            at_top = tl.zeros([COLUMNS], tl.int32)
+            for i in range(0, pieces.to(tl.int32), ROWS):
                 there = (r < pieces - i) & inside[None, :]
-                some = tl.load(of_block[None, :] + (i + r) * row_length, mask=there, other=0.0)
-                total += tl.sum(some.to(tl.float64), axis=0)
+                some = of_block[None, :] + (i + r) * row_length
+                in_pieces = tl.load(some, mask=there, other=0.0)
+                all_squares += tl.sum(in_pieces.to(tl.float64), axis=0)
+                if Couple is not None:
+                    in_pieces = tl.load(some + n_partials, mask=there, other=0.0)
+                    all_total += tl.sum(in_pieces.to(tl.float64), axis=0)
+                    in_pieces = tl.load(some + 2 * n_partials, mask=there, other=0.0)
+                    best = tl.max(in_pieces, axis=0)
+                    at_best = tl.min(tl.where(in_pieces == best[None, :], r, NOWHERE), axis=0)
+                    places = tl.load(some + 3 * n_partials, mask=there, other=0.0).to(tl.int32)
+                    picked = tl.sum(tl.where(r == at_best[None, :], places, 0), axis=0)
+                    piece_of_top = tl.where(best > top, i + at_best, piece_of_top)
+                    at_top = tl.where(best > top, picked, at_top)
+                    top = tl.maximum(top, best)
             if inner > 1:
-                total = _sum_of_neighbours(total, inner, COLUMNS)
-            tl.store(own_factors, _shrink_factor(total.to(A), c), mask=inside)
+                all_squares, all_total, top, piece_of_top, at_top = _of_neighbours(
+                    all_squares, all_total, top, piece_of_top, at_top, inner, Couple
+                )
+            _decide(
+                own_factors, n_factors, inside, all_squares, all_total, top, piece_of_top, at_top,
+                c, A, Couple,
+            )
             _announce(ready)
     else:
         if PHASE == 1:
-            factor = tl.load(own_factors, mask=inside, other=0.0)
+            factor, cut, kept, at = _decided(own_factors, n_factors, inside, piece, Couple)
         else:
-            sums = tl.sum(_squares(t, c), axis=0)
+            squares, total, largest, at = _measured(t, place, 0, c, Couple)
             if inner > 1:
-                sums = _sum_of_neighbours(sums, inner, COLUMNS)
-            factor = _shrink_factor(sums, c)
-        _write(row, c, stream, base, offsets, mask, t * factor[None, :], T, G, ALIGNED)
+                squares, total, largest, _, at = _of_neighbours(
+                    squares, total, largest, 0 * column, at, inner, Couple
+                )
+            factor, cut, kept = _finished(squares, total, largest, c, Couple)
+        first_of_largest = place == at[None, :]
+        w = _shrunk(t, factor[None, :], cut[None, :], kept[None, :], first_of_largest, A, Couple)
+        _write(row, c, stream, base, offsets, mask, w, T, G, ALIGNED)
 
 
 @triton.jit
 def _long_tile(
-    row, c, stream, team, piece, partials, factors, arrivals, ready,
+    row, c, stream, team, piece, partials, n_partials, factors, n_factors, arrivals, ready,
     PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr,
-    Prox: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
+    Prox: tl.constexpr, Couple: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Groups of `outer` runs of many neighbours: TILE of one run. A team is a group."""
     outer = tl.load(row + OUTER)
@@ -375,25 +493,46 @@ def _long_tile(
     if PHASE == 0 and T == A:
         tl.store(_at(row, PARAM, T, base, ALIGNED) + offsets, t, mask=mask)
     if PHASE == 0:
+        squares, total, largest, at = _measured(t, offsets, 0, c, Couple)
         partials += tl.load(row + PARTIALS) + team.to(tl.int64) * pieces
-        tl.store(partials + piece, tl.sum(_squares(t, c), axis=0))
+        _leave(partials + piece, n_partials, None, squares, total, largest, at, A, Couple)
         if _arrive(arrivals, pieces):
-            total = tl.zeros([TILE], tl.float64)
-            for i in range(0, pieces, TILE):
+            all_squares = tl.zeros([TILE], tl.float64)
+            all_total = tl.zeros([TILE], tl.float64)
+            # Of the pieces that each lane looks at, the first with the largest weight.
+            top = tl.zeros([TILE], A)
+            pieces_of_tops = offsets
+            for i in range(0, pieces.to(tl.int32), TILE):
                 there = offsets < pieces - i
-                total += tl.load(partials + i + offsets, mask=there, other=0.0).to(tl.float64)
-            tl.store(factors, _shrink_factor(tl.sum(total, axis=0).to(A), c))
+                some = partials + i + offsets
+                all_squares += tl.load(some, mask=there, other=0.0).to(tl.float64)
+                if Couple is not None:
+                    all_total += tl.load(some + n_partials, mask=there, other=0.0).to(tl.float64)
+                    in_pieces = tl.load(some + 2 * n_partials, mask=there, other=0.0)
+                    pieces_of_tops = tl.where(in_pieces > top, i + offsets, pieces_of_tops)
+                    top = tl.maximum(top, in_pieces)
+            highest = tl.max(top, axis=0)
+            piece_of_top = tl.min(tl.where(top == highest, pieces_of_tops, 1 << 30), axis=0)
+            at_top = 0 * piece_of_top
+            if Couple is not None:
+                at_top = tl.load(partials + 3 * n_partials + piece_of_top).to(tl.int32)
+            _decide(
+                factors, n_factors, None, tl.sum(all_squares, axis=0), tl.sum(all_total, axis=0),
+                highest, piece_of_top, at_top, c, A, Couple,
+            )
             _announce(ready)
     else:
-        _write(row, c, stream, base, offsets, mask, t * tl.load(factors), T, G, ALIGNED)
+        factor, cut, kept, at = _decided(factors, n_factors, None, piece, Couple)
+        w = _shrunk(t, factor, cut, kept, offsets == at, A, Couple)
+        _write(row, c, stream, base, offsets, mask, w, T, G, ALIGNED)
 
 
-@triton.jit(do_not_specialize=["seed", "n_teams"])
+@triton.jit(do_not_specialize=["seed", "n_partials", "n_factors", "n_teams"])
 def split_kernel(
-    table, coefficients, work, found_inf, seed, partials, factors, sync, n_teams,
-    Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
-    T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr, KINDS: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    table, coefficients, work, found_inf, seed, partials, n_partials, factors, n_factors, sync,
+    n_teams, Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
+    Couple: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr, VECTOR: tl.constexpr,
+    KINDS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """One tile a program, of groups that no tile holds, or of columns.
 
@@ -419,14 +558,14 @@ def split_kernel(
                 if (KINDS >> (2 * phase + aligned)) & 1:
                     if kind == 2 * phase + aligned:
                         _columns_tile(
-                            row, c, stream, team, piece, partials, factors, arrivals, ready,
-                            phase, aligned == 1,
-                            ROWS, COLUMNS, Advance, Apply, STATES, Prox, T, G, A, VECTOR,
+                            row, c, stream, team, piece, partials, n_partials, factors,
+                            n_factors, arrivals, ready, phase, aligned == 1,
+                            ROWS, COLUMNS, Advance, Apply, STATES, Prox, Couple, T, G, A, VECTOR,
                         )
                 if (KINDS >> (6 + 2 * phase + aligned)) & 1:
                     if kind == 6 + 2 * phase + aligned:
                         _long_tile(
-                            row, c, stream, team, piece, partials, factors, arrivals, ready,
-                            phase, aligned == 1,
-                            TILE, Advance, Apply, STATES, Prox, T, G, A, VECTOR,
+                            row, c, stream, team, piece, partials, n_partials, factors,
+                            n_factors, arrivals, ready, phase, aligned == 1,
+                            TILE, Advance, Apply, STATES, Prox, Couple, T, G, A, VECTOR,
                         )

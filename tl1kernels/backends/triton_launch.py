@@ -63,7 +63,7 @@ def maths() -> ModuleType:
 
 
 def penalties() -> dict[str | None, Any]:
-    """Import the kernels' penalties: by name, what prepares their coefficients, and their prox."""
+    """Import the kernels' penalties: a row of `PENALTIES` by name."""
     load()
     from tl1kernels.backends import triton_penalties
 
@@ -212,7 +212,8 @@ def step(
 
     device, dtype, n = params[0].device, params[0].dtype, len(params)
     wide = _named(tl, state_dtype(dtype))
-    _renew_tables(params, grads, state, copies, numbers, views, kept)
+    coupled = penalties()[penalty][2] is not None
+    _renew_tables(params, grads, state, copies, numbers, views, coupled, kept)
     if counters:
         scalars = scalars.clone()
         scalars[:, math.SCALARS.index("step")] = torch.stack([*counters]).to(scalars)
@@ -225,13 +226,14 @@ def step(
     plan: schedule.Schedule = kept["plan"]
     found_inf = kept["zero"] if found_inf is None else found_inf
     advance, apply = math.RULES[rule]
-    prepare, prox = penalties()[penalty]
+    prepare, prox, couple = penalties()[penalty]
     n_sync = 1 + 2 * plan.n_teams
     constants = {
         "Advance": advance,
         "Apply": apply,
         "STATES": len(state) // n,
         "Prox": prox,
+        "Couple": couple,
         "T": _named(tl, dtype),
         "G": _named(tl, grads[0].dtype),
         "A": wide,
@@ -255,6 +257,7 @@ def step(
             int(nesterov),
             int(decoupled),
             Prepare=prepare,
+            COUPLED=couple is not None,
             ADAM=rule.startswith("adam"),
             COUNTERS=numbers[0][0] is not None,
             A=wide,
@@ -280,7 +283,9 @@ def step(
                 found_inf,
                 seed,
                 kept["partials"],
+                plan.n_partials,
                 kept["factors"],
+                plan.n_factors,
                 kept["sync"],
                 plan.n_teams,
                 KINDS=plan.split.kinds,
@@ -297,6 +302,7 @@ def _renew_tables(
     copies: Sequence[Tensor],
     numbers: Sequence[Sequence[Tensor | None]],
     views: Sequence[GroupView],
+    coupled: bool,
     kept: dict[str, Any],
 ) -> None:
     """Bring the table of addresses, the tiles and the workspace up to date."""
@@ -322,8 +328,8 @@ def _renew_tables(
         kept["split"] = _to(device, torch.from_numpy(plan.split.items))
         coefficients = n * math.N_COEFFICIENTS.value
         for name, size in (
-            ("partials", plan.n_partials),
-            ("factors", plan.n_factors),
+            ("partials", plan.n_partials * (load().MEASURES if coupled else 1)),
+            ("factors", plan.n_factors * (load().OUTCOMES if coupled else 1)),
             ("coefficients", coefficients),
         ):
             kept[name] = torch.empty(size, dtype=state_dtype(dtype), device=device)

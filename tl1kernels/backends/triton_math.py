@@ -68,7 +68,9 @@ C_NORM_UNIT = tl.constexpr(14)  # about 1 / threshold; 0 where groups weigh noth
 C_ZERO = tl.constexpr(15)  # added to every result: 0.0 makes -0.0 the zero of a dead weight, and
 # -0.0 changes no bit of a tensor without a regularizer
 C_CUT = tl.constexpr(16)  # |v| <= cut goes to 0
-C_SHAPE = tl.constexpr(17)  # the penalty's own, up to N_COEFFICIENTS
+C_SHAPE = tl.constexpr(17)  # the penalty's own, up to N_COEFFICIENTS; where it couples groups:
+C_TAU = tl.constexpr(17)  # its weight times the step
+C_OFFSET = tl.constexpr(18)  # taken off |v| before it is squared
 N_COEFFICIENTS = tl.constexpr(32)
 
 

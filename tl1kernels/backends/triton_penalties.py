@@ -10,7 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tl1kernels.backends.triton_math import C_SHAPE, round_down
+from tl1kernels.backends.triton_math import (
+    C_NORM_UNIT,
+    C_OFFSET,
+    C_SHAPE,
+    C_TAU,
+    C_THRESHOLD,
+    round_down,
+)
 
 # `prepare` stores a tensor's coefficients from (step, weight, a) in float64 and returns the largest
 # |v| that goes to 0; `prox` takes any larger |v| to |w| >= 0 with them. NaN in, NaN out.
@@ -371,16 +378,80 @@ def _l_two_thirds(size, c, T: tl.constexpr):
     return size * (r * r * r)
 
 
+# --- Penalties of whole groups, as in penalties.h. No weight has a threshold of its own; what is
+# measured of a group (its sum of max(0, |v| - offset)^2 in units, its sum and largest of |v|) says
+# what becomes of its weights:
+#   |w| = factor * max(0, |v| - cut),   but for the first of the largest weights, which becomes
+#   `kept` where that is not negative
+
+
+@triton.jit
+def shrink_factor(squares, c):
+    """max(0, 1 - threshold / norm) of a group, from the sum of its squares."""
+    norm = tl.sqrt(squares)
+    threshold = tl.load(c + C_THRESHOLD)
+    # `<=` first, so that a norm of 0 is never divided by, and a NaN stays NaN.
+    factor = tl.where(norm <= threshold, 0.0, 1 - threshold / norm)
+    return tl.where(tl.load(c + C_NORM_UNIT) > 0, factor, 1.0)
+
+
+@triton.jit
+def _store_tau(step, weight, c, mask, A: tl.constexpr):
+    tau = tl.minimum(step * weight, 3e38)  # infinity * 0 would be NaN
+    tl.store(c + C_TAU, tau.to(A), mask=mask)
+    return tau
+
+
+@triton.jit
+def _prepare_cges(step, weight, a, c, mask, A: tl.constexpr):
+    tau = _store_tau(step, weight, c, mask, A)
+    tl.store(c + C_OFFSET, (0 * tau).to(A), mask=mask)
+    return -1.0 + 0 * step
+
+
+@triton.jit
+def _cges(squares, total, largest, c):
+    return shrink_factor(squares, c), tl.load(c + C_TAU) * total, -1 + 0 * total
+
+
+@triton.jit
+def _prepare_l1_minus_l2(step, weight, a, c, mask, A: tl.constexpr):
+    tau = _store_tau(step, weight, c, mask, A)
+    tl.store(c + C_OFFSET, tau.to(A), mask=mask)
+    return -1.0 + 0 * step
+
+
+@triton.jit
+def _l1_minus_l2(squares, total, largest, c):
+    tau = tl.load(c + C_TAU)
+    unit = tl.load(c + C_NORM_UNIT)
+    threshold = tl.load(c + C_THRESHOLD)
+    norm = tl.sqrt(squares)
+    grown = norm + tau * unit  # infinite where the squares overflow
+    left = tl.where(grown <= threshold, 0.0, 1 - threshold / grown)
+    scaled_up = 1 + tl.where(norm > 0, tau * unit / norm, 0.0)
+    factor = tl.where(left == 0, 0.0, left * scaled_up)
+    size = largest * unit
+    kept = tl.where(size <= threshold, 0.0, (1 - threshold / size) * largest)
+    kept = tl.where(squares == 0, tl.where(largest <= tau, kept, -1.0), -1.0)  # NaN is not 0
+    kept = tl.where(unit > 0, kept, -1.0)
+    factor = tl.where(unit > 0, tl.where(kept >= 0, 0.0, factor), 1.0)
+    return factor, tau + 0 * total, kept
+
+
 PENALTIES = {
-    None: (_prepare_none, None),
-    "l1": (_prepare_l1, _l1),
-    "tl1": (_prepare_tl1, _tl1),
-    "l0": (_prepare_l0, _pieces),
-    "scad": (_prepare_scad, _pieces),
-    "mcp": (_prepare_mcp, _pieces),
-    "capped_l1": (_prepare_capped_l1, _pieces),
-    "log": (_prepare_log, _log),
-    "l_half": (_prepare_l_half, _l_half),
-    "l_two_thirds": (_prepare_l_two_thirds, _l_two_thirds),
+    None: (_prepare_none, None, None),
+    "l1": (_prepare_l1, _l1, None),
+    "tl1": (_prepare_tl1, _tl1, None),
+    "l0": (_prepare_l0, _pieces, None),
+    "scad": (_prepare_scad, _pieces, None),
+    "mcp": (_prepare_mcp, _pieces, None),
+    "capped_l1": (_prepare_capped_l1, _pieces, None),
+    "log": (_prepare_log, _log, None),
+    "l_half": (_prepare_l_half, _l_half, None),
+    "l_two_thirds": (_prepare_l_two_thirds, _l_two_thirds, None),
+    "l1_minus_l2": (_prepare_l1_minus_l2, None, _l1_minus_l2),
+    "cges": (_prepare_cges, None, _cges),
 }
-"""By the registry's name (tl1kernels/penalties.py): prepare, prox."""
+"""By the registry's name (tl1kernels/penalties.py): prepare, prox of single weights, and of a whole
+group: what is measured of it -> factor, cut, kept."""

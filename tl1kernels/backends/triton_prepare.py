@@ -72,8 +72,8 @@ def _there(column, otherwise, mask):
 @triton.jit(do_not_specialize=["n", "n_sync", "maximize", "nesterov", "decoupled"])
 def prepare_kernel(
     table, scalars, coefficients, sync, n, n_sync, grad_scale, found_inf, maximize, nesterov,
-    decoupled, Prepare: tl.constexpr, ADAM: tl.constexpr, COUNTERS: tl.constexpr, A: tl.constexpr,
-    BLOCK: tl.constexpr,
+    decoupled, Prepare: tl.constexpr, COUPLED: tl.constexpr, ADAM: tl.constexpr,
+    COUNTERS: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Coefficients of every tensor; and `sync`, of n_sync, begins at 0.
 
@@ -126,8 +126,13 @@ def prepare_kernel(
     # 1 or 0 as it should be.
     threshold = lr * group
     widest: tl.constexpr = 1e30 if A == tl.float32 else 1e300
-    norm_unit = tl.minimum(tl.maximum(1 / tl.maximum(threshold, 1e-300), 1 / widest), widest)
-    norm_unit = tl.where(group > 0, norm_unit, 0.0)
+    scale = threshold
+    weight = group
+    if COUPLED:  # what the penalty measures is of the size of its own threshold
+        scale = tl.maximum(threshold, lr * elementwise)
+        weight = tl.maximum(group, elementwise)
+    norm_unit = tl.minimum(tl.maximum(1 / tl.maximum(scale, 1e-300), 1 / widest), widest)
+    norm_unit = tl.where(weight > 0, norm_unit, 0.0)
     tl.store(c + C_THRESHOLD, (threshold * norm_unit).to(A), mask=mask)
     tl.store(c + C_NORM_UNIT, norm_unit.to(A), mask=mask)
     tl.store(c + C_ZERO, tl.where(elementwise + group > 0, 0.0, -0.0).to(A), mask=mask)

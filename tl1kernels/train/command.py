@@ -13,45 +13,46 @@ import torch
 from rich.console import Console
 
 import tl1kernels as tk
+from tl1kernels.cli import UsageError
 from tl1kernels.train import data, experiment, figures, report
 from tl1kernels.train.recipes import RECIPES
 from tl1kernels.train.run import METHODS, OPTIONS
 
 
-class BadUsageError(Exception):
-    """The arguments do not fit together or the data; the message says why."""
-
-
 def run(args: argparse.Namespace) -> int:
-    """Search or train, print and write the results; return the exit status."""
+    """Search or train, print and write the results; return the exit status.
+
+    Raises:
+        UsageError: the arguments do not fit together, or the data set is not there.
+    """
     console = Console()
+    _check(args)
     try:
-        _check(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        # Here first, so that what is missing is said once, and fetched once.
-        source, title = data.DATA[args.dataset], RECIPES[args.dataset].title
+    except OSError as error:
+        raise UsageError(f"--out must be a folder that can be written: {error}") from error
+    source, title = data.DATA[args.dataset], RECIPES[args.dataset].title
+    try:
+        # Here first, so that what is missing is fetched once, or said once.
         examples = source.load(title, "test", args.data).eval_inputs[:8]
+    except (data.MissingDataError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    try:
         return _search(args, console) if args.search else _final(args, examples, console)
     except experiment.InterruptedRunsError as stop:
         console.print(f"\nInterrupted: {stop}.")
         return 130
-    except (BadUsageError, data.MissingDataError, ValueError) as error:
-        console.print(str(error), soft_wrap=True, highlight=False)
-        return 2
-    except OSError as error:
-        console.print(f"--out must be a folder that can be written: {error}", soft_wrap=True)
-        return 2
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Check the arguments and fill in those that depend on the data set."""
+    """Check the arguments and fill in those that depend on others."""
     if args.dataset not in RECIPES:
-        raise BadUsageError(f"dataset must be among {', '.join(RECIPES)}, got {args.dataset!r}")
+        raise UsageError(f"dataset must be among {', '.join(RECIPES)}, got {args.dataset!r}")
     args.methods = tuple(dict.fromkeys(args.methods or METHODS))
     known = ("none", *OPTIONS)
     for method in args.methods:
         if method not in known:
-            raise BadUsageError(f"--methods must be among {', '.join(known)}, got {method!r}")
+            raise UsageError(f"--methods must be among {', '.join(known)}, got {method!r}")
     args.out = args.out or Path("runs") / args.dataset
     args.data = args.data or Path("data") / args.dataset
     args.jobs = args.jobs or experiment.default_jobs()
@@ -93,7 +94,7 @@ def _chosen(args: argparse.Namespace) -> Mapping[str, Mapping[str, float]]:
             chosen = {**json.loads(file.read_text())["chosen"], **chosen}
     missing = [method for method in args.methods if method not in chosen]
     if missing:
-        raise BadUsageError(
+        raise UsageError(
             f"no lam and a were chosen yet for {', '.join(missing)}: first run the same command "
             "with --search"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -22,6 +22,7 @@ from tl1kernels.train.recipes import RECIPES
 from tl1kernels.train.run import OPTIONS, Setting, run_to_file
 
 Result = dict[str, Any]
+T = TypeVar("T")
 
 SEARCH_A = (0.01, 0.1, 1.0)
 SHAPED = [
@@ -177,8 +178,8 @@ def chosen_path(dataset: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Runs:
-    """What is run for tables and pictures; `Setting`s before, results after.
+class Runs(Generic[T]):
+    """What is run for tables and pictures: settings before, results after.
 
     Attributes:
         table: every method with its chosen options, all seeds.
@@ -186,15 +187,15 @@ class Runs:
         shapes: integrated TL1 with other a.
     """
 
-    table: list[Any]
-    curves: list[Any]
-    shapes: list[Any]
+    table: list[T]
+    curves: list[T]
+    shapes: list[T]
 
-    def all(self) -> list[Any]:
+    def all(self) -> list[T]:
         """Return all of them in one list."""
         return [*self.table, *self.curves, *self.shapes]
 
-    def of(self, results: Sequence[Result]) -> Runs:
+    def of(self, results: Sequence[Result]) -> Runs[Result]:
         """Return these runs' results, given in the order of `all`."""
         n, m = len(self.table), len(self.table) + len(self.curves)
         return Runs(list(results[:n]), list(results[n:m]), list(results[m:]))
@@ -207,10 +208,12 @@ def final_settings(
     epochs: int | None,
     chosen: Mapping[str, Mapping[str, float]],
     paper: bool = False,
-) -> Runs:
+) -> Runs[Setting]:
     """Return the runs on the test split; with `paper` those that its figures need, too."""
     factors, few = (PAPER_FACTORS, PAPER_SEEDS) if paper else (CURVE_FACTORS, CURVE_SEEDS)
-    table, curves, shapes = [], [], []
+    table: list[Setting] = []
+    curves: list[Setting] = []
+    shapes: list[Setting] = []
     for method in methods:
         lam, a = chosen[method]["lam"], chosen[method]["a"]
         base = Setting(dataset, method, lam, a, 0, "test", epochs)

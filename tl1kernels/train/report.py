@@ -99,60 +99,52 @@ def findings(table: Sequence[Row], curves: Sequence[Row], shapes: Sequence[Row])
     Args:
         table: of the chosen options.
         curves: the same and other lam.
-        shapes: integrated TL1 with other a.
+        shapes: integrated TL1 with other a, which rises.
     """
     by = {row["method"]: row for row in table}
-    found = []
+    found: list[Row] = []
+
+    def add(claim: str, holds: bool, figures: Mapping[str, Any]) -> None:
+        found.append({"claim": claim, "holds": holds, "figures": figures})
+
     if by.keys() >= set(SIDE_BY_SIDE):
-        rows = {m: {name: by[m][name] for name in TABLE_3} for m in SIDE_BY_SIDE}
+        rows = {method: {name: by[method][name] for name in TABLE_3} for method in SIDE_BY_SIDE}
         group, single, both = rows.values()
-        found.append(
-            {
-                "claim": "Table 3: in the last layer group lasso removes neurons and no other "
-                "connection, TL1 connections and few neurons, integrated TL1 both",
-                "holds": group["last_zeros"] < 1 < both["last_zeros"]
-                and single["last_inputs_removed"] < both["last_inputs_removed"]
-                and single["last_inputs_removed"] < group["last_inputs_removed"]
-                and single["last_zeros"] > 1,
-                "figures": rows,
-            }
+        fewest = min(group["last_inputs_removed"], both["last_inputs_removed"])
+        add(
+            "Table 3: in the last layer group lasso removes neurons and no other connection, TL1 "
+            "connections and few neurons, integrated TL1 both",
+            group["last_zeros"] < 1 < min(single["last_zeros"], both["last_zeros"])
+            and single["last_inputs_removed"] < fewest,
+            rows,
         )
     if shapes:
-        left = [row["parameters"] for row in shapes]
-        best = max(shapes, key=lambda row: row["accuracy"])
+        left, right = ([row[name] for row in shapes] for name in ("parameters", "accuracy"))
         figures = {
             f"a = {row['a']:g}": {name: row[name] for name in ("accuracy", "parameters")}
             for row in shapes
         }
-        found += [
-            {
-                "claim": "Fig. 7: the smaller a, the fewer parameters",
-                "holds": left == sorted(left),
-                "figures": figures,
-            },
-            {
-                "claim": "Fig. 7: the most accurate a is neither the smallest nor the largest",
-                "holds": best not in (shapes[0], shapes[-1]),
-                "figures": figures,
-            },
-        ]
+        add("Fig. 7: the smaller a, the fewer parameters", left == sorted(left), figures)
+        add(
+            "Fig. 7: an a between the smallest and the largest is the most accurate",
+            max(right[1:-1], default=0.0) > max(right[0], right[-1]),
+            figures,
+        )
     for other in ("sparse_group_lasso", "cges"):
-        if {"integrated_tl1", other} <= by.keys():
+        if by.keys() >= {"integrated_tl1", other}:
             ours, theirs = best_within(curves, "integrated_tl1"), best_within(curves, other)
-            found.append(
+            add(
+                "Fig. 4: within each budget of parameters up to 15 % that it meets, the best "
+                f"accuracy of integrated TL1 is above that of {TITLES[other]}",
+                any(ours.values())
+                and all(best > theirs[budget] for budget, best in ours.items() if best),
                 {
-                    "claim": "Fig. 4: within each budget of parameters up to 15 % that it meets, "
-                    f"the best accuracy of integrated TL1 is above that of {TITLES[other]}",
-                    "holds": any(ours.values())
-                    and all(best > theirs[budget] for budget, best in ours.items() if best),
-                    "figures": {
-                        f"at most {budget} % of the parameters": {
-                            "integrated_tl1": ours[budget] or None,
-                            other: theirs[budget] or None,
-                        }
-                        for budget in BUDGETS
-                    },
-                }
+                    f"at most {budget} % of the parameters": {
+                        "integrated_tl1": ours[budget] or None,
+                        other: theirs[budget] or None,
+                    }
+                    for budget in BUDGETS
+                },
             )
     return found
 
