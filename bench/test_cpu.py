@@ -6,6 +6,8 @@ against the reference, and the path that it takes, on fresh random input. A rati
 is a failure.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -28,6 +30,7 @@ if native.unavailable() is not None:
     pytest.skip(f"no native library: {native.unavailable()}", allow_module_level=True)
 
 BUILDS = torch.ops.tl1kernels.cpu_builds().split()
+NBYTES = 4 * 4096 * 4096
 
 
 @pytest.fixture(autouse=True)
@@ -73,16 +76,16 @@ SHAPES = {
 def test_against_torchs_fused(against, name, rule):
     shape, group_by, path, bounds = SHAPES[name]
     check_step(rule, shape, group_by, torch.float32, path, **REGULARIZER)
-    p = fresh(shape)
     slow = 1.0 if BUILDS[0] == "avx512" else 2.0
-    ours, theirs = steps_on_one_memory(rule, [p], group_by=group_by, **REGULARIZER)
-    against(
-        f"{rule}, {name}",
-        ours,
-        {f"torch {rule}, fused, no prox": theirs},
-        {f"torch {rule}, fused, no prox": bounds[rule] * slow},
-        p.nbytes * RULES[rule][3],
-    )
+    peer = f"torch {rule}, fused, no prox"
+
+    def make():
+        given = [fresh(shape)]
+        ours, theirs = steps_on_one_memory(rule, given, group_by=group_by, **REGULARIZER)
+        return ours, {peer: theirs}
+
+    n_bytes = 4 * shape[0] * shape[1] * RULES[rule][3]
+    against(f"{rule}, {name}", make, {peer: bounds[rule] * slow}, n_bytes)
 
 
 @pytest.mark.skipif("avx2" not in BUILDS, reason="no AVX2 on this processor")
@@ -90,40 +93,50 @@ def test_rows_forced_to_avx2(against, monkeypatch):
     monkeypatch.setenv("TL1KERNELS_CPU", "avx2")
     assert torch.ops.tl1kernels.cpu_build() == "avx2"
     check_step("SGD", (4096, 4096), "out", torch.float32, "resident", **REGULARIZER)
-    p = fresh((4096, 4096))
     peer = "torch SGD, fused, no prox"
-    ours, theirs = steps_on_one_memory("SGD", [p], group_by="out", **REGULARIZER)
-    against("SGD, rows, AVX2 only", ours, {peer: theirs}, {peer: 2.5}, 3 * p.nbytes)
+
+    def make():
+        given = [fresh((4096, 4096))]
+        ours, theirs = steps_on_one_memory("SGD", given, group_by="out", **REGULARIZER)
+        return ours, {peer: theirs}
+
+    against("SGD, rows, AVX2 only", make, {peer: 2.5}, 3 * NBYTES)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_bfloat16_against_float32(against, rule):
     """State is float32 for both; the parameter and the gradient are half as large."""
     check_step(rule, (4096, 4096), "out", torch.bfloat16, "resident", **REGULARIZER)
-    p, q = fresh((4096, 4096), torch.bfloat16), fresh((4096, 4096))
     peer = f"ours, {rule}, float32"
-    n_bytes = 3 * p.nbytes + (RULES[rule][3] - 3) * 2 * p.nbytes
-    against(
-        f"{rule}, rows, bfloat16",
-        step_of(rule, p, group_by="out", **REGULARIZER),
-        {peer: step_of(rule, q, group_by="out", **REGULARIZER)},
-        {peer: 1.0},
-        n_bytes,
-    )
+
+    def make():
+        dtypes = (torch.bfloat16, torch.float32)
+        narrow, wide = (
+            step_of(rule, fresh((4096, 4096), dtype), group_by="out", **REGULARIZER)
+            for dtype in dtypes
+        )
+        return narrow, {peer: wide}
+
+    n_bytes = (RULES[rule][3] - 1.5) * NBYTES  # parameter and gradient have half
+    against(f"{rule}, rows, bfloat16", make, {peer: 1.0}, n_bytes)
 
 
 def test_rows_mostly_zero(against):
-    p, q = fresh((4096, 4096)), fresh((4096, 4096))
-    with torch.no_grad():
-        p.mul_(torch.rand_like(p) > 0.9)
-        p.grad.mul_(p != 0)
     peer = "ours, dense"
-    ours, dense = (step_of("SGD", x, group_by="out", **REGULARIZER) for x in (p, q))
-    against("SGD, rows, 90 % zeros", ours, {peer: dense}, {peer: 1.1}, 3 * p.nbytes)
+
+    def make():
+        p, q = fresh((4096, 4096)), fresh((4096, 4096))
+        with torch.no_grad():
+            p.mul_(torch.rand_like(p) > 0.9)
+            p.grad.mul_(p != 0)
+        ours, dense = (step_of("SGD", x, group_by="out", **REGULARIZER) for x in (p, q))
+        return ours, {peer: dense}
+
+    against("SGD, rows, 90 % zeros", make, {peer: 1.1}, 3 * NBYTES)
 
 
 def test_the_papers_step_eager_and_compiled(against):
-    p, q, r = (fresh((4096, 4096)) for _ in range(3))
+    p = fresh((4096, 4096))
     with torch.no_grad():
         wide = p.double()
     wide.grad = p.grad.double()
@@ -133,17 +146,18 @@ def test_the_papers_step_eager_and_compiled(against):
     step_of("SGD", other, group_by="out", **REGULARIZER)()
     torch.testing.assert_close(other.double(), wide, rtol=0, atol=1e-6)
     compiled = torch.compile(eager_step)
-    against(
-        "SGD, rows",
-        step_of("SGD", p, group_by="out", **REGULARIZER),
-        {
+    del wide, other
+
+    def make():
+        p, q, r = (fresh((4096, 4096)) for _ in range(3))
+        peers = {
             "the paper's step, eager": lambda: eager_step(q, q.grad),
             "the paper's step, torch.compile": lambda: compiled(r, r.grad),
-        },
-        {"the paper's step, eager": 1 / 60, "the paper's step, torch.compile": 1 / 8},
-        3 * p.nbytes,
-        rounds=9,
-    )
+        }
+        return step_of("SGD", p, group_by="out", **REGULARIZER), peers
+
+    bounds = {"the paper's step, eager": 1 / 60, "the paper's step, torch.compile": 1 / 8}
+    against("SGD, rows", make, bounds, 3 * NBYTES, rounds=3, placements=5)
 
 
 PAT = {
@@ -159,13 +173,16 @@ def test_torchao_pat_on_its_own_job(against, job):
     """Its prox runs on SGD(fused=True) and keeps a second copy of the weights."""
     optim = pytest.importorskip("torchao.prototype.pat.optim", reason="pip install -e '.[bench]'")
     prox_type, group_type, options, speed_up = PAT[job]
-    p, q = fresh((4096, 4096)), fresh((4096, 4096))
-    group = {"params": [q], "prox_type": prox_type, "group_type": group_type}
-    pat = optim.PruneOptimizer(torch.optim.SGD([group], lr=LR, fused=True), reg_lambda=LAM)
     peer = f"torchao PAT, {prox_type}"
-    ours = step_of("SGD", p, lam=LAM, **options)
+
+    def make():
+        p, q = fresh((4096, 4096)), fresh((4096, 4096))
+        group = {"params": [q], "prox_type": prox_type, "group_type": group_type}
+        pat = optim.PruneOptimizer(torch.optim.SGD([group], lr=LR, fused=True), reg_lambda=LAM)
+        return step_of("SGD", p, lam=LAM, **options), {peer: pat.step}
+
     case = "SGD, l1" if job == "lasso" else f"SGD, group lasso, {job}"
-    against(case, ours, {peer: pat.step}, {peer: 1 / speed_up}, 3 * p.nbytes, rounds=9)
+    against(case, make, {peer: 1 / speed_up}, 3 * NBYTES, rounds=3, placements=5)
 
 
 @pytest.mark.parametrize("schedule", ["", ", lr changes each step"])
@@ -193,7 +210,8 @@ def test_pythons_time_for_161_small_tensors(against, monkeypatch, rule, schedule
     peer = f"torch {rule}, fused, no prox"
     case = f"{rule}, 20 steps of 161 tensors 4x4, Python alone{schedule}"
     bound = 1.15 if schedule else 1.0
-    against(case, with_schedule(ours), {peer: with_schedule(theirs)}, {peer: bound}, 0)
+    sides = with_schedule(ours), {peer: with_schedule(theirs)}
+    against(case, lambda: sides, {peer: bound}, 0)
 
 
 @pytest.mark.parametrize("groups", ["one param group", "one for each layer"])
@@ -201,16 +219,19 @@ def test_pythons_time_for_161_small_tensors(against, monkeypatch, rule, schedule
 def test_a_resnet50s_parameters(against, rule, groups):
     shapes = resnet50()
     assert len(shapes) == 161
-    params = [fresh(shape) for shape in shapes]
-    assert sum(p.numel() for p in params) == 25_557_032
-    given = params
-    if groups == "one for each layer":
-        given = [
-            {"params": [p], "lam": LAM * (p.ndim > 1), "mu": i / len(params)}
-            for i, p in enumerate(params)
-        ]
-    ours, theirs = steps_on_one_memory(rule, given, **REGULARIZER)
+    numel = sum(map(math.prod, shapes))
+    assert numel == 25_557_032
     peer = f"torch {rule}, fused, no prox"
-    n_bytes = RULES[rule][3] * sum(p.nbytes for p in params)
+
+    def make():
+        given = [fresh(shape) for shape in shapes]
+        if groups == "one for each layer":
+            given = [
+                {"params": [p], "lam": LAM * (p.ndim > 1), "mu": i / len(given)}
+                for i, p in enumerate(given)
+            ]
+        ours, theirs = steps_on_one_memory(rule, given, **REGULARIZER)
+        return ours, {peer: theirs}
+
     case = f"{rule}, a ResNet-50's 161 tensors, {groups}"
-    against(case, ours, {peer: theirs}, {peer: 1.25}, n_bytes)
+    against(case, make, {peer: 1.25}, RULES[rule][3] * 4 * numel)

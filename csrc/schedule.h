@@ -33,6 +33,8 @@ struct Schedule {
 namespace schedule {
 
 constexpr int64_t FLAT_TILE = 1 << 16;     // weights; enough that taking a tile costs nothing
+constexpr int64_t LONG_TILE = 1 << 18;     // of large tensors: memory likes long streams better
+constexpr int64_t LONG_TILES = 64;         // large is what gives that many, for as many threads
 constexpr int64_t SMALL_STRIP = 2048;      // weights that wait in L1, where groups are that small
 constexpr int64_t STREAM = 1024;           // columns that memory still delivers at speed
 constexpr int64_t MEASURE_TILE = 1 << 18;  // weights
@@ -62,17 +64,22 @@ inline int64_t resident_strip(const Step& s) {
   return most >= row_width ? row_width : (most >= STREAM ? most : 0);
 }
 
+// Weights of a tile that is read and written once.
+inline int64_t tile_size(const Step& s) {
+  return std::clamp(s.blocks * s.outer * width(s) / LONG_TILES, FLAT_TILE, LONG_TILE);
+}
+
 inline void flat(const Step& s, int64_t index, Schedule& plan) {
-  const int64_t size = s.blocks * s.outer * width(s);
-  for (int64_t at = 0; at < size; at += FLAT_TILE) {
-    plan.first.push_back({Phase::flat, index, 0, 0, 1, at, std::min(at + FLAT_TILE, size), 0,
+  const int64_t size = s.blocks * s.outer * width(s), tile = tile_size(s);
+  for (int64_t at = 0; at < size; at += tile) {
+    plan.first.push_back({Phase::flat, index, 0, 0, 1, at, std::min(at + tile, size), 0,
                           nullptr, nullptr});
   }
 }
 
 inline void resident(const Step& s, int64_t index, int64_t base, int64_t strip, Schedule& plan) {
   const int64_t row_width = width(s);
-  const int64_t columns = strip * std::max<int64_t>(1, FLAT_TILE / (strip * s.outer));
+  const int64_t columns = strip * std::max<int64_t>(1, tile_size(s) / (strip * s.outer));
   for (int64_t col = 0; col < row_width; col += columns) {
     plan.first.push_back({Phase::resident, index, base, 0, s.outer, col,
                           std::min(col + columns, row_width), strip, nullptr, nullptr});

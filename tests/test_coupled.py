@@ -159,6 +159,50 @@ def test_a_nan_spoils_its_group_and_zeros_stay_plus_zero(penalty):
         assert w[w == 0].view(torch.int32).eq(0).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "group_by"),
+    [((3, 9000), "out"), ((130, 70), "in"), ((90, 3, 5, 5), "in"), ((9, 70), "in")],
+)
+def test_a_nan_spoils_groups_of_many_pieces_alone(penalty, shape, group_by):
+    v = torch.randn(shape)
+    dim = 0 if group_by == "out" else 1
+    v.select(dim, 1).fill_(math.nan)
+    v.select(dim, 2).flatten()[3] = math.inf
+    v.select(dim, 2)[4] = math.nan
+    for step in (0.001, 5.0):
+        w = tk.prox(v, step, penalty=penalty, group_by=group_by)
+        spoilt = [w.select(dim, i).isnan() for i in range(3)]
+        assert [bool(x.any()) for x in spoilt] == [False, True, True]
+        assert spoilt[1].all()
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (40, 300), (3, 9000)])
+@pytest.mark.parametrize("group_by", ["out", "in"])
+@pytest.mark.parametrize("name", ["cges", "l1_minus_l2"])
+def test_coupled_kernels_are_within_4_ulp_of_each_weight(name, group_by, shape, each_backend):
+    """In float32, scaled by the condition; thresholds from tiny to beyond the largest weight."""
+    generator = np.random.default_rng(0)
+    worst = 0.0
+    for _ in range(6):
+        v = torch.from_numpy(generator.normal(size=shape)).float()
+        v = v if group_by == "out" else v.T.contiguous()
+        size = shape[1]
+        tau = 10 ** generator.uniform(-6, 0.3) / (size if name == "cges" else 1)
+        lasso = 10 ** generator.uniform(-6, 0) * math.sqrt(size)
+        options = {"lam": tau + lasso, "mu": tau / (tau + lasso), "penalty": name}
+        options["group_by"] = group_by
+        got = tk.prox(v, 1.0, **options).double()
+        want = tk.prox(v.double(), 1.0, **options, backend="reference")
+        magnified = 1.0
+        if name == "l1_minus_l2":
+            z = (v.double().abs() - tau).clamp(min=0)
+            norms = z.norm(dim=1 if group_by == "out" else 0, keepdim=True)
+            magnified = 1 + tau / norms.clamp(min=1e-9)
+        ulp = torch.from_numpy(np.spacing(v.abs().numpy())).double()
+        worst = max(worst, ((got - want).abs() / ulp / magnified).max().item())
+    assert 0 < worst <= 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_tiny_threshold_beside_large_weights_and_the_reverse(penalty, dtype):
     """The squares of either, in units of the other, are beyond float64."""

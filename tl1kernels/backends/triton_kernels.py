@@ -130,7 +130,7 @@ def _measured(t, place, axis: tl.constexpr, c, Couple: tl.constexpr):
         size = tl.abs(t)
         offset = tl.load(c + C_OFFSET)
         beyond = tl.where(size <= offset, 0.0, size - offset)
-        largest = tl.max(size, axis=axis)
+        largest = tl.max(tl.where(size >= 0, size, 0.0), axis=axis)  # no NaN: it has no place
         first = tl.where(size == tl.expand_dims(largest, axis), place, NOWHERE)
         squares = tl.sum(_squares(beyond, c), axis=axis)
         return squares, tl.sum(size, axis=axis), largest, tl.min(first, axis=axis)
