@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import struct
 import tarfile
 from pathlib import Path
@@ -88,6 +89,25 @@ def write_small(name, folder, rows=TRAIN + TEST):
 
 def test_every_data_set_has_a_source_and_a_recipe_and_a_test_here():
     assert data.DATA.keys() == RECIPES.keys() == {"digits", *FORMATS}
+
+
+def test_the_commands_help_names_every_data_set(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in RECIPES:
+        assert name in printed
+
+
+def test_networks_have_the_parameters_that_their_docstrings_name():
+    counted = 0
+    for recipe in RECIPES.values():
+        named = re.search(r"([0-9,]+) parameters", recipe.network.__doc__)
+        if named:
+            numel = sum(p.numel() for p in recipe.network().parameters())
+            assert f"{numel:,}" == named[1]
+            counted += 1
+    assert counted >= 5
 
 
 @pytest.mark.parametrize("name", FORMATS)

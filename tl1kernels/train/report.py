@@ -211,14 +211,12 @@ def copy_models(out: Path, table: Sequence[Result]) -> dict[str, Path]:
     return models
 
 
-def write(out: Path, name: str, command: str, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+def write(out: Path, name: str, command: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as `<name>.json` and `<name>.csv`, both with the command that makes them again."""
-    files = [out / f"{name}.json", out / f"{name}.csv"]
     content = {"command": command, "environment": environment(), "rows": list(rows)}
-    files[0].write_text(json.dumps(content, indent=2) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with files[1].open("w", newline="") as file:
+    with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*columns, "command"])
         writer.writeheader()
         writer.writerows({**row, "command": command} for row in rows)
-    return files
