@@ -24,7 +24,7 @@ test: setup
 
 bench: setup
 	$(PIP) --no-build-isolation -e '.[bench]'
-	$(BIN)/python -m pytest bench --benchmark-enable --json-out bench/results/cpu.json
+	$(BIN)/python -m pytest bench --benchmark-enable --json-out bench/results
 
 # A library of its own, found before the installed one.
 CXX ?= c++

@@ -1,42 +1,60 @@
 """Timing with both sides interleaved, and the report that a run of bench/ ends in."""
 
 import json
-import math
-import os
-import platform
-import statistics
 import subprocess
 import time
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
 
+from tl1kernels.bench.timing import (
+    DeviceClock,
+    Ratio,
+    copy_bandwidth,
+    environment,
+    geometric_mean,
+    interleaved,
+    machine,
+    on_host,
+    ratio_of,
+)
+
 RESULTS = pytest.StashKey[list]()
 
 
 @dataclass(frozen=True)
-class Result:
-    """One case: ours against one peer, medians of interleaved rounds, in milliseconds.
-
-    A placement's ratio is the median of each round's: what slows the machine for a while slows both
-    sides. `ratio` is the median over placements, `lowest` and `highest` are the ends.
-    """
+class Result(Ratio):
+    """One case: ours against one peer."""
 
     case: str
     peer: str
-    ours_ms: float
-    peer_ms: float
-    ratio: float  # ours over the peer's
-    lowest: float
-    highest: float
     bound: float  # of the ratio; the promise
     bytes: int  # that a step must read and write
 
+    @property
+    def late(self):
+        """Say what was promised, if it was not kept."""
+        kept = self.ratio <= self.bound
+        return "" if kept else f"{self.ratio:.2f} x {self.peer}, promised {self.bound:g}"
+
+
+def keep(request, case, peer, ratio, bound, n_bytes):
+    """Add a result to the report, and to pytest-benchmark's; return it."""
+    result = Result(**asdict(ratio), case=case, peer=peer, bound=bound, bytes=n_bytes)
+    request.config.stash[RESULTS].append(result)
+    request.getfixturevalue("benchmark").extra_info[peer] = ratio.ratio
+    return result
+
 
 def pytest_addoption(parser):
-    parser.addoption("--json-out", help="write the ratios there")
+    parser.addoption(
+        "--json-out",
+        type=Path,
+        help="write the ratios there; in a folder, to <machine>-<date>.json",
+    )
 
 
 def pytest_configure(config):
@@ -63,9 +81,7 @@ def against(benchmark, request):
                 for side in (ours, *peers.values()) * 2:
                     side()
             for name, peer in made[-1][1].items():
-                start = time.perf_counter()
-                peer()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(on_host(peer))
 
         def ours():
             made[-1][0]()
@@ -74,20 +90,11 @@ def against(benchmark, request):
         if benchmark.disabled:
             return
         ours_s = benchmark.stats.stats.data
-        late = []
-        for name, bound in bounds.items():
-            every = [a / b for a, b in zip(ours_s, times[name], strict=True)]
-            ratios = [
-                statistics.median(every[i : i + rounds]) for i in range(0, len(every), rounds)
-            ]
-            ours_ms, peer_ms = (statistics.median(s) * 1e3 for s in (ours_s, times[name]))
-            ratio = statistics.median(ratios)
-            ends = min(ratios), max(ratios)
-            result = Result(case, name, ours_ms, peer_ms, ratio, *ends, bound, n_bytes)
-            request.config.stash[RESULTS].append(result)
-            benchmark.extra_info[name] = ratio
-            if ratio > bound:
-                late.append(f"{ratio:.2f} x {name}, promised {bound:g}")
+        results = [
+            keep(request, case, name, ratio_of(ours_s, times[name], rounds), bound, n_bytes)
+            for name, bound in bounds.items()
+        ]
+        late = [result.late for result in results if result.late]
         assert not late, "; ".join(late)
 
     return run
@@ -106,39 +113,18 @@ def against_on_gpu(benchmark, request):
         if benchmark.disabled:
             benchmark.pedantic(ours, rounds=1)
             return
-        flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-        seconds = {name: [] for name in sides}
-        for warm_up in [True] * 3 + [False] * rounds:
-            for name, side in sides.items():
-                took = ten_steps(side) if host else one_call(side, flush)
-                if not warm_up:
-                    seconds[name].append(took)
+        clock = ten_steps if host else DeviceClock()
+        seconds = interleaved(lambda: sides, clock, rounds, placements=1)
         benchmark.pedantic(lambda: (ours(), torch.cuda.synchronize()), rounds=5, warmup_rounds=1)
-        ours_ms = statistics.median(seconds["ours"]) * 1e3
-        for name in peers:
-            pairs = zip(seconds["ours"], seconds[name], strict=True)
-            ratios = sorted(a / b for a, b in pairs)
-            ratio = statistics.median(ratios)
-            peer_ms = statistics.median(seconds[name]) * 1e3
-            ends = ratios[0], ratios[-1]
-            result = Result(case, name, ours_ms, peer_ms, ratio, *ends, bounds[name], n_bytes)
-            request.config.stash[RESULTS].append(result)
-            benchmark.extra_info[name] = ratio
-        late = [r for r in request.config.stash[RESULTS][-len(peers) :] if r.ratio > r.bound]
-        assert not late, "; ".join(f"{r.ratio:.2f} x {r.peer}, promised {r.bound:g}" for r in late)
+        results = [
+            # Each round counts as a placement: the ends are those of the rounds.
+            keep(request, case, name, ratio_of(seconds["ours"], seconds[name], 1), bound, n_bytes)
+            for name, bound in bounds.items()
+        ]
+        late = [result.late for result in results if result.late]
+        assert not late, "; ".join(late)
 
     return run
-
-
-def one_call(side, flush):
-    flush.fill_(1)
-    torch.cuda._sleep(2_000_000)  # about 1 ms, in which the host gets all its calls out
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    side()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def ten_steps(side):
@@ -150,41 +136,11 @@ def ten_steps(side):
     return (time.perf_counter() - start) / 10
 
 
-def copy_bandwidth(device):
-    """Return bytes read and written per second by a copy of 64 MiB, on a GPU of 1 GiB."""
-    n = 1 << 28 if device == "cuda" else 1 << 24
-    source, target = torch.randn(n, device=device), torch.empty(n, device=device)
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / statistics.median(times)
-
-
-def environment(device):
-    cpuinfo = Path("/proc/cpuinfo")
-    models = cpuinfo.read_text().split("model name") if cpuinfo.exists() else []
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], check=False, capture_output=True, text=True
-    )
-    gpu = {}
-    if device == "cuda":
-        import triton
-
-        gpu = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
-    return {
-        **gpu,
-        "processor": models[1].splitlines()[0].strip("\t: ") if len(models) > 1 else "unknown",
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "commit": commit.stdout.strip(),
-    }
+def commit():
+    """Return the commit that is timed, `-dirty` where files have changed since."""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -202,16 +158,23 @@ def pytest_terminal_summary(terminalreporter, config):
     )
     for r in results:
         rate = r.bytes / r.ours_ms * 1e3
-        late = "" if r.ratio <= r.bound else "  LATE"
+        late = "  LATE" if r.late else ""
         write(
             f"{r.case:58} {r.ours_ms:8.3f} {rate / 1e9:7.1f} {rate / copy:8.0%}   "
             f"{r.ratio:7.4f} {r.lowest:7.4f} {r.highest:7.4f} {r.bound:7.4f}  {r.peer}{late}"
         )
     for peer in dict.fromkeys(r.peer for r in results):
         of_peer = [r.ratio for r in results if r.peer == peer]
-        mean = math.exp(statistics.fmean(map(math.log, of_peer)))
-        write(f"geometric mean {mean:.4f} over {len(of_peer)} cases: {peer}")
-    if config.getoption("--json-out"):
-        rows = [asdict(r) for r in results]
-        report = {"environment": environment(device), "copy_gb_per_s": copy / 1e9, "results": rows}
-        Path(config.getoption("--json-out")).write_text(json.dumps(report, indent=2) + "\n")
+        write(f"geometric mean {geometric_mean(of_peer):.4f} over {len(of_peer)} cases: {peer}")
+    if path := config.getoption("--json-out"):
+        where = {**environment(device), "commit": commit()}
+        report = {
+            "environment": where,
+            "date": f"{date.today()}",
+            "copy_gb_per_s": copy / 1e9,
+            "results": [asdict(r) for r in results],
+        }
+        if path.is_dir():
+            path /= f"{machine(where)}-{date.today()}.json"
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        write(f"written to {path}")

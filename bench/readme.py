@@ -9,6 +9,9 @@ import re
 import sys
 from pathlib import Path
 
+from PIL import Image
+
+from tl1kernels.bench import plots
 from tl1kernels.train import report
 
 ROOT = Path(__file__).parents[1]
@@ -60,12 +63,18 @@ def _experiment(name: str, columns: dict[str, str], rank: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _newest_of_a_cpu() -> dict:
+    reports = [json.loads(file.read_text()) for file in RESULTS.glob("*.json")]
+    of_a_cpu = [report for report in reports if "gpu" not in report["environment"]]
+    return max(of_a_cpu, key=lambda report: report["date"])
+
+
 RATIOS = ("ratio", "lowest", "highest", "bound")
 
 
 def cpu() -> str:
     """Return the ratios of bench/test_cpu.py, and where they were taken."""
-    timed = json.loads((RESULTS / "cpu.json").read_text())
+    timed = _newest_of_a_cpu()
     lines = ["| step | beside | ms | ratio | from, to | bound |", "|---|---|---|---|---|---|"]
     for row in timed["results"]:
         if row["ratio"] > 0.5:
@@ -102,14 +111,27 @@ def rendered(readme: str) -> str:
     return readme
 
 
+def stale_plots() -> list[str]:
+    """Return the plots of `tl1kernels bench` that were not drawn from the JSON beside them."""
+    stale = []
+    for picture in (RESULTS / "short").glob("*.png"):
+        figures = json.loads(picture.with_suffix(".json").read_text())
+        with Image.open(picture) as image:
+            if image.text.get("Source") != plots.digest(figures):
+                stale.append(picture.name)
+    return stale
+
+
 def main() -> int:
     """Write or check."""
     old = README.read_text()
     new = rendered(old)
     if "--check" in sys.argv[1:]:
+        for name in (stale := stale_plots()):
+            print(f"bench/results/short/{name} was drawn from other figures than its JSON has")
         if old != new:
             print("README.md disagrees with bench/results; run python bench/readme.py")
-        return int(old != new)
+        return int(old != new or bool(stale))
     README.write_text(new)
     return 0
 

@@ -1,36 +1,39 @@
 """What a step costs on the CPU, beside torch's fused optimizers and what people use today.
 
-Run: .venv/bin/python -m pytest bench/test_cpu.py --benchmark-enable --json-out cpu.json
+Run: .venv/bin/python -m pytest bench/test_cpu.py --benchmark-enable --json-out bench/results
 Two threads; the peers of torchao need `pip install -e '.[bench]'`. Each case first checks its step
 against the reference, and the path that it takes, on fresh random input. A ratio above its bound
 is a failure.
 """
 
-import math
-
 import pytest
 import torch
 
 import tl1kernels as tk
-from bench.cases import (
+from tl1kernels.backends import native
+from tl1kernels.bench.cases import (
     LAM,
     LR,
+    MODELS,
     REGULARIZER,
     RULES,
+    Case,
+    disagreement,
     eager_step,
     fresh,
+    regularizer,
     resnet50,
+    step_bytes,
     step_of,
     steps_on_one_memory,
 )
-from tl1kernels.backends import native
 from tl1kernels.views import view_of
 
 if native.unavailable() is not None:
     pytest.skip(f"no native library: {native.unavailable()}", allow_module_level=True)
 
 BUILDS = torch.ops.tl1kernels.cpu_builds().split()
-NBYTES = 4 * 4096 * 4096
+SGD_BYTES = step_bytes("SGD", [torch.empty(4096, 4096, device="meta")])
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +87,7 @@ def test_against_torchs_fused(against, name, rule):
         ours, theirs = steps_on_one_memory(rule, given, group_by=group_by, **REGULARIZER)
         return ours, {peer: theirs}
 
-    n_bytes = 4 * shape[0] * shape[1] * RULES[rule][3]
+    n_bytes = step_bytes(rule, [torch.empty(shape, device="meta")])
     against(f"{rule}, {name}", make, {peer: bounds[rule] * slow}, n_bytes)
 
 
@@ -100,7 +103,7 @@ def test_rows_forced_to_avx2(against, monkeypatch):
         ours, theirs = steps_on_one_memory("SGD", given, group_by="out", **REGULARIZER)
         return ours, {peer: theirs}
 
-    against("SGD, rows, AVX2 only", make, {peer: 2.5}, 3 * NBYTES)
+    against("SGD, rows, AVX2 only", make, {peer: 2.5}, SGD_BYTES)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -117,7 +120,7 @@ def test_rows_bfloat16_against_float32(against, rule):
         )
         return narrow, {peer: wide}
 
-    n_bytes = (RULES[rule][3] - 1.5) * NBYTES  # parameter and gradient have half
+    n_bytes = step_bytes(rule, [torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")])
     against(f"{rule}, rows, bfloat16", make, {peer: 1.0}, n_bytes)
 
 
@@ -132,7 +135,7 @@ def test_rows_mostly_zero(against):
         ours, dense = (step_of("SGD", x, group_by="out", **REGULARIZER) for x in (p, q))
         return ours, {peer: dense}
 
-    against("SGD, rows, 90 % zeros", make, {peer: 1.1}, 3 * NBYTES)
+    against("SGD, rows, 90 % zeros", make, {peer: 1.1}, SGD_BYTES)
 
 
 def test_the_papers_step_eager_and_compiled(against):
@@ -157,7 +160,7 @@ def test_the_papers_step_eager_and_compiled(against):
         return step_of("SGD", p, group_by="out", **REGULARIZER), peers
 
     bounds = {"the paper's step, eager": 1 / 60, "the paper's step, torch.compile": 1 / 8}
-    against("SGD, rows", make, bounds, 3 * NBYTES, rounds=3, placements=5)
+    against("SGD, rows", make, bounds, SGD_BYTES, rounds=3, placements=5)
 
 
 PAT = {
@@ -182,7 +185,7 @@ def test_torchao_pat_on_its_own_job(against, job):
         return step_of("SGD", p, lam=LAM, **options), {peer: pat.step}
 
     case = "SGD, l1" if job == "lasso" else f"SGD, group lasso, {job}"
-    against(case, make, {peer: 1 / speed_up}, 3 * NBYTES, rounds=3, placements=5)
+    against(case, make, {peer: 1 / speed_up}, SGD_BYTES, rounds=3, placements=5)
 
 
 @pytest.mark.parametrize("schedule", ["", ", lr changes each step"])
@@ -214,13 +217,51 @@ def test_pythons_time_for_161_small_tensors(against, monkeypatch, rule, schedule
     against(case, lambda: sides, {peer: bound}, 0)
 
 
+# What they cost now, with some room; the others are promises.
+PENALTIES = dict.fromkeys(("l1", "l0", "scad", "mcp", "log", "capped_l1"), 1.5)
+PENALTIES |= {"l_half": 2.0, "l_two_thirds": 3.5, "l1_minus_l2": 4.5, "cges": 4.5}
+
+
+def test_no_penalty_is_left_out():
+    assert {*PENALTIES, "tl1"} == {*native.penalties()}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_every_penalty(against, penalty):
+    options = regularizer(penalty)
+    case = Case(f"SGD, rows, {penalty}", "SGD", options, ((4096, 4096),))
+    assert disagreement(case, "cpu") == ""
+    peer = "torch SGD, fused, no prox"
+
+    def make():
+        ours, theirs = steps_on_one_memory("SGD", [fresh((4096, 4096))], **options)
+        return ours, {peer: theirs}
+
+    against(case.name, make, {peer: PENALTIES[penalty]}, SGD_BYTES, placements=3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("model", ["ViT-B/16", "GPT-2 small"])
+def test_a_transformers_parameters(against, rule, model):
+    """Their linear layers are grouped by columns, which take a second sweep."""
+    shapes = tuple(MODELS[model]())
+    name = f"{rule}, a {model}'s {len(shapes)} tensors"
+    assert disagreement(Case(name, rule, REGULARIZER, shapes), "cpu") == ""
+    peer = f"torch {rule}, fused, no prox"
+
+    def make():
+        ours, theirs = steps_on_one_memory(rule, [fresh(shape) for shape in shapes], **REGULARIZER)
+        return ours, {peer: theirs}
+
+    n_bytes = step_bytes(rule, [torch.empty(shape, device="meta") for shape in shapes])
+    against(name, make, {peer: COLUMNS[2][rule]}, n_bytes, rounds=5, placements=2)
+
+
 @pytest.mark.parametrize("groups", ["one param group", "one for each layer"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_resnet50s_parameters(against, rule, groups):
     shapes = resnet50()
-    assert len(shapes) == 161
-    numel = sum(map(math.prod, shapes))
-    assert numel == 25_557_032
+    assert disagreement(Case("", rule, REGULARIZER, tuple(shapes)), "cpu") == ""
     peer = f"torch {rule}, fused, no prox"
 
     def make():
@@ -234,4 +275,5 @@ def test_a_resnet50s_parameters(against, rule, groups):
         return ours, {peer: theirs}
 
     case = f"{rule}, a ResNet-50's 161 tensors, {groups}"
-    against(case, make, {peer: 1.25}, RULES[rule][3] * 4 * numel)
+    n_bytes = step_bytes(rule, [torch.empty(shape, device="meta") for shape in shapes])
+    against(case, make, {peer: 1.25}, n_bytes)

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 import tl1kernels as tk
-from bench.cases import LR, REGULARIZER, RULES, eager_step, fresh, gpt2_small, resnet50, step_of
 from tl1kernels.backends import triton_launch
+from tl1kernels.bench.cases import (
+    LR,
+    MODELS,
+    REGULARIZER,
+    RULES,
+    eager_step,
+    fresh,
+    step_bytes,
+    step_of,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU", allow_module_level=True)
@@ -56,7 +65,7 @@ def test_one_large_tensor(against_on_gpu, groups, rule, dtype):
     group_by, kernel = GROUPS[groups]
     check_step(rule, dtype, group_by, kernel)
     p = fresh((SIZE, SIZE), dtype, "cuda")
-    n_bytes = p.numel() * (3 * p.element_size() + 4 * (RULES[rule][3] - 3))  # state is float32
+    n_bytes = step_bytes(rule, [p])
     peers, bounds = {COPY: copy_of(n_bytes)}, {COPY: 1 / OF_COPY[groups]}
     if dtype == torch.float32 or rule == "SGD":  # torch keeps bfloat16 state
         q = fresh((SIZE, SIZE), dtype, "cuda")
@@ -70,10 +79,10 @@ def test_one_large_tensor(against_on_gpu, groups, rule, dtype):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("model", ["ResNet-50", "GPT-2 small"])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_models_parameters(against_on_gpu, model, rule):
-    shapes = resnet50() if model == "ResNet-50" else gpt2_small()
-    ours, torchs, options, moves = RULES[rule]
+    shapes = MODELS[model]()
+    ours, torchs, options, _ = RULES[rule]
     mine, theirs = ([fresh(shape, device="cuda") for shape in shapes] for _ in range(2))
     peer = f"torch {rule}, fused, no prox"
     against_on_gpu(
@@ -81,7 +90,7 @@ def test_a_models_parameters(against_on_gpu, model, rule):
         ours(mine, lr=LR, **options, **REGULARIZER).step,
         {peer: torchs(theirs, lr=LR, fused=True, **options).step},
         {peer: 1.1},
-        moves * sum(p.nbytes for p in mine),
+        step_bytes(rule, mine),
         host=True,
     )
 
@@ -95,7 +104,7 @@ def test_the_papers_step_eager_and_compiled(against_on_gpu):
         step_of("SGD", p, group_by="out", **REGULARIZER),
         {eager: lambda: eager_step(q, q.grad), fused: lambda: compiled(r, r.grad)},
         {eager: 1 / 20, fused: 1 / 3},
-        3 * p.nbytes,
+        step_bytes("SGD", [p]),
         rounds=9,
     )
 

@@ -1,4 +1,4 @@
-"""The command line: `tl1kernels train | verify | info`, also `python -m tl1kernels`."""
+"""The command line: `tl1kernels train | bench | verify | info`, also `python -m tl1kernels`."""
 
 from __future__ import annotations
 
@@ -57,6 +57,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    bench = commands.add_parser(
+        "bench", help="time steps on this machine, beside a copy and torch's fused optimizers"
+    )
+    bench.add_argument(
+        "--device", choices=("cpu", "cuda"), help="[a GPU if torch can use one, else cpu]"
+    )
+    bench.add_argument("--backend", help="name of a backend [the one that the device prefers]")
+    bench.add_argument(
+        "--size", type=_positive, help="rows and columns of large weights [4096, on a GPU 8192]"
+    )
+    bench.add_argument("--rounds", type=_positive, default=11, help="of each case [%(default)s]")
+    bench.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder for results [%(default)s]"
+    )
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.set_defaults(run=_bench)
+
     verify = commands.add_parser("verify", help="check a backend against independent oracles")
     verify.add_argument("--backend", help="name of a backend [the one that CPU tensors run on]")
     verify.add_argument("--seed", type=_count, help="of the random input [a fresh one, printed]")
@@ -108,6 +125,19 @@ def _train(args: argparse.Namespace) -> int:
         from tl1kernels.train import command
     _require(backends.asked_for())
     return command.run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from tl1kernels import backends
+
+    with _extra("bench", "bench"):
+        from tl1kernels.bench import command
+    _require(args.backend or backends.asked_for())
+    try:
+        return command.run(args)
+    except command.WrongStepError as error:
+        print(f"tl1kernels: {error}", file=sys.stderr)
+        return 1
 
 
 def _verify(args: argparse.Namespace) -> int:

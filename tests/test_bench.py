@@ -1,0 +1,191 @@
+"""`tl1kernels bench`: what is timed is right, counted once, and said in full."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+import tl1kernels as tk
+from bench import readme
+from tests.common import ON_THE_REFERENCE_ALONE
+from tl1kernels import backends, cli
+from tl1kernels.backends import reference
+from tl1kernels.bench import cases, command, plots, timing
+from tl1kernels.bench.cases import MODELS, RULES, fresh, step_bytes
+
+
+def bench(tmp_path, *more):
+    out = tmp_path / "out"
+    options = ["--device", "cpu", "--size", "64", "--rounds", "2", "--out", str(out)]
+    return cli.main(["bench", *options, *more])
+
+
+def test_every_case_is_checked_timed_and_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cases, "resnet50", lambda: [(8, 3, 3, 3), (8,)])
+    threads = torch.get_num_threads()
+    assert bench(tmp_path) == 0
+    assert torch.get_num_threads() == threads
+    report = json.loads((tmp_path / "out" / "cpu.json").read_text())
+    rows = {row["name"]: row for row in report["results"]}
+    assert len(rows) == len(report["results"])
+    for name, row in rows.items():
+        assert row["ms"] > 0
+        assert row["gb_per_s"] == pytest.approx(row["of_copy"] * report["copy_gb_per_s"])
+        if name == "prox alone, rows":
+            assert row["ratio"] is None
+        else:
+            assert 0 < row["lowest"] <= row["ratio"] <= row["highest"]
+    lacking = set(tk.PENALTIES) - set(backends.BACKENDS[report["backend"]].penalties())
+    assert set(report["skipped"]) == {f"SGD, rows, {name}" for name in lacking}
+    for penalty in set(tk.PENALTIES) - lacking - {"tl1"}:
+        assert f"SGD, rows, {penalty}" in rows
+    assert {row["axis"] for row in rows.values()} == {"", "weights", "tensors", "threads"}
+    assert set(report["slopes"]) == {"weights", "tensors", "threads"}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*report["skipped"], "AdamW, rows", "geometric mean"))
+    with Image.open(tmp_path / "out" / "cpu.png") as picture:
+        assert picture.text["Source"] == plots.digest(report)
+        assert picture.text["Description"] == report["command"]
+
+
+def test_json_is_what_the_file_has(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "cases", lambda side: list(CASES(side))[:2])
+    monkeypatch.setattr(command, "growth", lambda side, device: [])
+    assert bench(tmp_path, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "out" / "cpu.json").read_text())
+
+
+CASES = cases.cases
+
+
+def test_a_wrong_step_is_not_timed(tmp_path, capsys, monkeypatch):
+    right = reference.shrink_groups
+    monkeypatch.setattr(reference, "shrink_groups", lambda t, tau: right(t, tau * (1 + 1e-2)))
+    if backends.preferred("cpu") == "reference":
+        pytest.skip("nothing to compare the reference with")
+    assert bench(tmp_path) == 1
+    assert "prox alone, rows on cpu" in (error := capsys.readouterr().err)
+    assert "weights are not the reference's" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+SQUARES = [
+    case
+    for case in list(cases.cases(300))[:-2]
+    if case.options.get("penalty") not in ON_THE_REFERENCE_ALONE["cpu"]
+]
+
+
+@pytest.mark.parametrize("case", SQUARES, ids=lambda case: case.name)
+def test_one_stale_weight_is_found(case, monkeypatch):
+    """In what the reference gives: each case looks at every weight."""
+    right = reference._run_entry
+    if backends.preferred("cpu") == "reference":
+        pytest.skip("nothing to compare the reference with")
+    assert cases.disagreement(case, "cpu") == ""
+
+    def wrong(rule, penalty, entry, *more):
+        right(rule, penalty, entry, *more)
+        entry.param[-1, -1] = 0.5
+
+    monkeypatch.setattr(reference, "_run_entry", wrong)
+    assert cases.disagreement(case, "cpu").endswith("of 90000 weights are not the reference's")
+
+
+def test_what_cannot_run_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "--device", "cuda"]) == 2
+    assert "--device must be cpu" in capsys.readouterr().err
+    assert cli.main(["bench", "--backend", "abacus"]) == 2
+    assert "'abacus'" in capsys.readouterr().err
+    monkeypatch.setattr(backends.BACKENDS["triton"], "unavailable", lambda: None)
+    assert cli.main(["bench", "--device", "cpu", "--backend", "triton"]) == 2
+    assert "--backend must be among cpu, reference on cpu, got 'triton'" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert cli.main(["bench", "--device", "cpu", "--out", str(tmp_path / "file")]) == 2
+    assert "--out must be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "want"),
+    [
+        (None, torch.float32, 8),
+        ("SGD", torch.float32, 12),
+        ("SGD momentum", torch.float32, 20),
+        ("AdamW", torch.float32, 28),
+        ("SGD", torch.bfloat16, 6),
+        ("AdamW", torch.bfloat16, 22),
+        ("AdamW", torch.float64, 56),
+    ],
+)
+def test_bytes_a_weight(rule, dtype, want):
+    params = [torch.empty(3, 5, dtype=dtype), torch.empty(7, dtype=dtype)]
+    assert step_bytes(rule, params) == 22 * want
+
+
+def test_the_number_of_states_is_the_optimizers():
+    for ours, _, options, states in RULES.values():
+        p = fresh((3, 4))
+        optimizer = ours([p], **options)
+        optimizer.step()
+        assert sum(s.shape == p.shape for s in optimizer.state[p].values()) == states
+
+
+def test_models_have_the_published_numbers_of_parameters():
+    of = {name: (len(shapes()), sum(map(math.prod, shapes()))) for name, shapes in MODELS.items()}
+    assert of == {
+        "ResNet-50": (161, 25_557_032),
+        "ViT-B/16": (152, 86_567_656),
+        "GPT-2 small": (148, 124_439_808),
+    }
+
+
+def test_sides_take_turns_over_placements_that_all_stay():
+    calls, made = [], []
+
+    def make():
+        made.append(len(made))
+        mine = made[-1]
+        return {name: lambda name=name: calls.append((mine, name)) for name in ("ours", "peer")}
+
+    def clock(side):
+        side()
+        return float(len(calls))
+
+    seconds = timing.interleaved(make, clock, rounds=3, placements=2)
+    assert made == [0, 1]
+    assert [name for _, name in calls] == ["ours", "peer"] * (2 * (3 + 2))
+    assert [placement for placement, _ in calls] == [0] * 10 + [1] * 10
+    assert seconds == {"ours": [5.0, 7.0, 9.0, 15.0, 17.0, 19.0], "peer": [6, 8, 10, 16, 18, 20]}
+
+
+def test_a_ratio_is_the_median_over_placements_of_medians_of_rounds():
+    ours = [2.0, 4.0, 90.0, 3.0, 3.0, 3.0, 8.0, 8.0, 8.0]
+    peer = [1.0, 2.0, 10.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0]
+    ratio = timing.ratio_of(ours, peer, rounds=3)
+    assert (ratio.ratio, ratio.lowest, ratio.highest) == (3.0, 2.0, 4.0)
+    assert (ratio.ours_ms, ratio.peer_ms) == (4000.0, 1000.0)
+
+
+def test_slopes_are_those_of_power_laws():
+    rows = [
+        command.Timed("", axis, at, 0, 3.0 * at**power, 0.0, 0.0)
+        for axis, power in (("weights", 1.0), ("threads", -0.5))
+        for at in (1, 2, 4, 8)
+    ]
+    assert command.slopes(rows) == {"weights": pytest.approx(1), "threads": pytest.approx(-0.5)}
+
+
+def test_a_plot_that_its_figures_did_not_draw_is_found(tmp_path, monkeypatch):
+    rows = [{"name": name, "axis": "", "of_copy": 0.5, "ratio": None} for name in "abc"]
+    report = {"command": "", "results": rows, "backend": "", "copy_gb_per_s": 1.0, "slopes": {}}
+    report["environment"] = {"processor": "some"}
+    (tmp_path / "short").mkdir()
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    plots.draw(report, tmp_path / "short" / "cpu.png")
+    for written, stale in ((report, []), ({**report, "copy_gb_per_s": 2.0}, ["cpu.png"])):
+        (tmp_path / "short" / "cpu.json").write_text(json.dumps(written))
+        assert readme.stale_plots() == stale
