@@ -1,8 +1,10 @@
 """verify: passes on the truth, fails on planted errors, and can be repeated."""
 
+import itertools
 import json
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,8 @@ from tests.common import COUPLED, ON_THE_REFERENCE_ALONE
 from tl1kernels import backends, cli, oracles
 from tl1kernels.backends import reference
 from tl1kernels.penalties import Penalty
-from tl1kernels.verify import GROUPINGS, RULES, verify
+from tl1kernels.verify import GROUPINGS, RULES, Report, verify
+from tl1kernels.verify.checks import _check
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)
@@ -71,6 +74,64 @@ def plant_stale_last_element(monkeypatch):
     monkeypatch.setattr(reference, "_run_entry", wrong)
 
 
+def plant_wrong_threshold(monkeypatch):
+    """Weights just above it die, on which no error of the result itself tells much."""
+    right = reference.PROX["l1"]
+
+    def wrong(v, step, terms):
+        w = right(v, step, terms)
+        return torch.where(v.abs() <= step * terms.elementwise * (1 + 1e-5), 0.0, w)
+
+    monkeypatch.setitem(reference.PROX, "l1", wrong)
+
+
+def plant_bits_by_threads(monkeypatch):
+    right = reference._run_entry
+
+    def wrong(rule, penalty, entry, *more):
+        right(rule, penalty, entry, *more)
+        if torch.get_num_threads() == 4:
+            entry.param[-1] *= 1 + torch.finfo(entry.param.dtype).eps
+
+    monkeypatch.setattr(reference, "_run_entry", wrong)
+
+
+def plant_bits_by_run(monkeypatch):
+    right, runs = reference._run_entry, itertools.count()
+
+    def wrong(rule, penalty, entry, *more):
+        right(rule, penalty, entry, *more)
+        if next(runs) % 7 == 0:
+            entry.param[-1] *= 1 + torch.finfo(entry.param.dtype).eps
+
+    monkeypatch.setattr(reference, "_run_entry", wrong)
+
+
+@pytest.mark.parametrize(
+    ("plant", "section"),
+    [
+        (plant_bits_by_threads, "bits, 1, 2, 4 threads"),
+        (plant_bits_by_run, "bits"),
+    ],
+)
+def test_planted_differences_of_bits_are_found(monkeypatch, plant, section):
+    threads = torch.get_num_threads()
+    plant(monkeypatch)
+    failed = {check.section for check in verify("reference", 3, ["l1"]).checks if not check.passed}
+    assert section in failed
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(backends.native.unavailable() is not None, reason="no native library")
+def test_a_planted_threshold_is_found_by_what_dies(monkeypatch):
+    """On the other side, the reference: what a backend gives is compared with it."""
+    plant_wrong_threshold(monkeypatch)
+    wrong = [c for c in verify("cpu", 3, ["l1"]).checks if c.section == "zeros" and not c.passed]
+    assert {check.dtype for check in wrong} == {"float32", "float64"}
+    assert all(check.differing > 0 for check in wrong)
+    assert "differ) FAIL" in str(verify("cpu", 3, ["l1"]))
+
+
 def plant_nan(monkeypatch):
     right = reference.PROX["l1"]
     monkeypatch.setitem(
@@ -122,8 +183,7 @@ def test_what_a_backend_lacks_is_said_and_not_passed(backend, monkeypatch, capsy
     reason = backends.BACKENDS[backend].unavailable()
     if reason:
         pytest.skip(reason)
-    for part in ("_thresholds", "_groups", "_rules", "_steps"):
-        monkeypatch.setattr(f"tl1kernels.verify.{part}", lambda *args: [])
+    monkeypatch.setattr("tl1kernels.verify.PARTS", ())
     lacking = ON_THE_REFERENCE_ALONE[backend]
     report = verify(backend)
     assert set(report.lacking) == lacking
@@ -131,6 +191,23 @@ def test_what_a_backend_lacks_is_said_and_not_passed(backend, monkeypatch, capsy
     for name in lacking:
         assert cli.main(["verify", "--backend", backend, "--penalty", name]) == 2
         assert f"has no penalty '{name}'" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(capsys):
+    for backend, device in (("reference", "cuda:99"), ("reference", "tpu"), ("cpu", "cuda")):
+        if backends.BACKENDS[backend].unavailable():
+            continue
+        assert cli.main(["verify", "--backend", backend, "--device", device]) == 2
+        error = capsys.readouterr().err
+        assert "device must be among cpu" in error
+        assert f"for backend {backend!r}, got {device!r}" in error
+
+
+def test_the_percentile_is_of_the_errors():
+    of = [np.arange(1.0, 2001.0)]
+    check = _check("section", "row", torch.float32, "nothing", of, 5000.0)
+    assert (check.error, check.p999, check.cases) == (2000.0, 1998.0, 2000)
+    assert "2e+03 / 2e+03" in str(Report("cpu", 0, (check,)))
 
 
 def test_an_unknown_backend_or_penalty_is_named(capsys):

@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check a backend against independent oracles")
     verify.add_argument("--backend", help="name of a backend [the one that CPU tensors run on]")
+    verify.add_argument(
+        "--device", help="cpu, cuda or cuda:1 [the CPU, or the GPU where Triton compiles]"
+    )
     verify.add_argument("--seed", type=_count, help="of the random input [a fresh one, printed]")
     verify.add_argument(
         "--penalty", nargs="+", metavar="NAME", help="which to check, 'none' for groups alone [all]"
@@ -149,9 +152,9 @@ def _verify(args: argparse.Namespace) -> int:
     _require(backend)
     penalties = args.penalty and [None if name == "none" else name for name in args.penalty]
     try:
-        report = verify(backend, args.seed, penalties)
+        report = verify(backend, args.seed, penalties, args.device)
     except ValueError as error:
-        raise UsageError(f"--penalty: {error}") from error
+        raise UsageError(str(error)) from error
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0 if report.passed else 1
 

@@ -1,15 +1,11 @@
-"""Check a backend against oracles that share no code with it: `tl1kernels verify`.
-
-Fresh random input each time; the seed that reproduces it is in the report.
-"""
+"""What `verify` checks: generators of checks, `PARTS`, each on fresh random input."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -22,6 +18,8 @@ from tl1kernels.functional import prox
 from tl1kernels.optim import ProxAdam, ProxAdamW, ProxSGD
 from tl1kernels.penalties import PENALTIES
 from tl1kernels.plan import FLOAT_DTYPES
+from tl1kernels.verify.bounds import ROUNDED_ONCE, Bounds
+from tl1kernels.verify.report import Check
 from tl1kernels.views import GroupBy
 
 _CPU = torch.device("cpu")
@@ -47,177 +45,6 @@ RULES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "AdamW": (ProxAdamW, torch.optim.AdamW, {}),
 }
 """Ours, torch's and the options, for the checks of whole steps."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a backend promises, by dtype, in units in the last place of |v|.
-
-    Next to a double root, where the problem itself magnifies rounding, times that magnification.
-
-    Attributes:
-        prox: of the prox of single weights.
-        step: of a whole step, groups included; |v| is the larger of the weight before and after
-            the update rule.
-        rule: of 20 steps with lam = 0 in float64, against torch.optim; 0 for the same bits.
-    """
-
-    prox: Mapping[torch.dtype, float]
-    step: Mapping[torch.dtype, float]
-    rule: float
-
-
-# float64 inside and one rounding: half an ulp, but for float64 itself.
-ROUNDED_ONCE = Bounds(
-    prox={torch.float64: 32.0, torch.float32: 0.505},
-    step={
-        torch.float64: 32.0,
-        torch.float32: 0.501,
-        torch.bfloat16: 0.501,
-        torch.float16: 0.501,
-    },
-    rule=0.0,
-)
-# The arithmetic of the state's dtype; 16 bits are that, rounded once.
-NATIVE = Bounds(
-    prox={torch.float64: 32.0, torch.float32: 4.0},
-    step={torch.float64: 32.0, torch.float32: 8.0, torch.bfloat16: 0.51, torch.float16: 0.51},
-    rule=64.0,
-)
-# The same with a shorter series for 16 bits, and approximate roots and quotients.
-TRITON = replace(NATIVE, step={**NATIVE.step, torch.bfloat16: 0.54})
-# Triton's interpreter cuts a float32 off where a GPU rounds it to bfloat16.
-INTERPRETED = replace(NATIVE, step={**NATIVE.step, torch.bfloat16: 1.04})
-
-
-def bounds_of(backend: str) -> Bounds:
-    """Return what a backend promises on this machine."""
-    if backend == "triton":
-        return INTERPRETED if triton_launch.interpreting() else TRITON
-    return {"reference": ROUNDED_ONCE}.get(backend, NATIVE)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One cell of the report: the largest error over `cases` values, in `unit`, and its bound."""
-
-    section: str
-    row: str
-    dtype: str
-    against: str
-    cases: int
-    error: float
-    bound: float
-    unit: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the bound; a NaN is not."""
-        return self.error <= self.bound
-
-    @property
-    def what(self) -> str:
-        """What was checked, in one line."""
-        return f"{self.section} {self.row}, {self.dtype}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """All checks of one backend; `print` it for a table of errors by section, row and dtype.
-
-    `lacking` are the penalties that were not checked, since the backend does not have them.
-    """
-
-    backend: str
-    seed: int
-    checks: tuple[Check, ...]
-    lacking: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return bool(self.checks) and all(check.passed for check in self.checks)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain numbers and strings."""
-        checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
-        return {
-            "backend": self.backend,
-            "seed": self.seed,
-            "passed": self.passed,
-            "lacking": list(self.lacking),
-            "checks": checks,
-        }
-
-    def __str__(self) -> str:
-        lines = [f"backend {self.backend}, seed {self.seed}"]
-        for section in dict.fromkeys(check.section for check in self.checks):
-            lines += ["", *_table([c for c in self.checks if c.section == section])]
-        passed = sum(c.passed for c in self.checks)
-        if self.lacking:
-            lines += [
-                "",
-                f"not checked, since {self.backend} lacks them: {', '.join(self.lacking)}",
-            ]
-        lines += ["", f"{passed} of {len(self.checks)} checks passed"]
-        return "\n".join(lines)
-
-
-def _table(checks: Sequence[Check]) -> Iterator[str]:
-    """Yield the lines of one section: a row of errors for each thing checked, a column a dtype."""
-    first = checks[0]
-    cells = {(check.row, check.dtype): check for check in checks}
-    rows, dtypes = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    width = max(map(len, (*rows, "bound")))
-    yield f"{first.section}: largest error against {first.against}, in {first.unit}"
-    yield f"  {'':{width}}" + "".join(f"{dtype:>14}" for dtype in dtypes)
-    for row in rows:
-        line = f"  {row:{width}}"
-        for dtype in dtypes:
-            cell = cells.get((row, dtype))
-            text = "" if cell is None else f"{cell.error:.3g}" + ("" if cell.passed else " FAIL")
-            line += f"{text:>14}"
-        yield line
-    bounds = [next(c.bound for c in checks if c.dtype == dtype) for dtype in dtypes]
-    yield f"  {'bound':{width}}" + "".join(f"{bound:>14g}" for bound in bounds)
-
-
-def verify(
-    backend: str = "reference",
-    seed: int | None = None,
-    penalties: Penalties | None = None,
-) -> Report:
-    """Run every check on one backend.
-
-    Args:
-        backend: a name of `BACKENDS`; Triton runs on the GPU, unless it interprets.
-        seed: of the random input; None draws one.
-        penalties: names of `PENALTIES`, or None for no penalty; None for all that it has.
-
-    Raises:
-        ValueError, RuntimeError: no such backend, or it cannot run here; no such penalty.
-    """
-    every = (None, *PENALTIES)
-    for name in penalties or ():
-        if name not in every:
-            raise ValueError(f"penalties must be among {every}, got {name!r}")
-    backends.require(backend)
-    has = {None, *backends.BACKENDS[backend].penalties()}
-    for name in penalties or ():
-        if name not in has:
-            raise ValueError(f"backend {backend!r} has no penalty {name!r}")
-    lacking = [name for name in PENALTIES if name not in has] if penalties is None else []
-    chosen = [name for name in every if name in has] if penalties is None else penalties
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    generator = np.random.default_rng(seed)
-    checks: list[Check] = []
-    bounds = bounds_of(backend)
-    gpu = backend == "triton" and not triton_launch.interpreting()
-    device = torch.device("cuda" if gpu else "cpu")
-    with backends.use_backend(backend):
-        for part in (_thresholds, _groups, _rules, _steps):
-            checks += part(generator, bounds, device, chosen)
-    return Report(backend, seed, tuple(checks), tuple(lacking))
 
 
 def hard_cases(
@@ -372,6 +199,105 @@ def _steps(
             yield _check(f"step {name}", row, dtype, against, [errors], bound)
 
 
+def _many(
+    generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
+) -> Iterator[Check]:
+    """Check many weights near every kink and far off against the reference in float64.
+
+    Which of them die, and in float32 how large their error is, unless they are at a kink. A weight
+    within rounding of the threshold may go either way; how far off one lies is bounded.
+    """
+    elementwise = [name for name in penalties if name in oracles.ORACLES]
+    for name, (dtype, bound) in product(elementwise, bounds.prox.items()):
+        condition = np.vectorize(oracles.ORACLES[name].condition, otypes=[float])
+        distances, errors, cases = [np.zeros(1)], [], 0
+        for _ in range(5):
+            step, lam = (float(10 ** generator.uniform(-5, 0)) for _ in range(2))
+            options: dict[str, Any] = {"lam": lam, "penalty": name}
+            options |= {"a": random_shape(name, step, generator, -3, 6), "group_by": None}
+            kinks = np.array(oracles.ORACLES[name].kinks(step, lam, options["a"]))
+            exponents = generator.uniform(-7.5 if dtype == torch.float32 else -16, 0, 400)
+            near = 1 + generator.choice([-1, 1], 400) * 10**exponents
+            scale = np.concatenate([near, 10 ** generator.uniform(-3, 5, 100)])
+            sign = generator.choice([-1, 1], 500)
+            v = torch.from_numpy(sign * scale * generator.choice(kinks, 500)).to(dtype)
+            got = prox(v.to(device), step, **options).cpu().numpy()
+            want = prox(v.double(), step, **options, backend="reference").numpy()
+            size = np.abs(v.double().numpy())
+            unit = torch.finfo(dtype).eps * 2.0 ** np.floor(np.log2(size))
+            distance = np.min([np.abs(size - kink) for kink in kinks], axis=0) / unit
+            distances.append(distance[(got == 0) != (want == 0)])
+            off = np.abs(got - want) / unit / condition(size, step, lam, options["a"])
+            errors.append(np.where(distance <= 4, 0, off))
+            cases += v.numel()
+        differing = sum(map(len, distances)) - 1
+        check = _check(
+            "zeros", name, dtype, "the reference", distances, bound, "ulp of |v| from the threshold"
+        )
+        yield replace(check, cases=cases, differing=differing)
+        if dtype == torch.float32:  # in float64 the reference has errors of its own
+            yield _check("many weights", name, dtype, "the reference in float64", errors, bound)
+
+
+def _bits(
+    generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
+) -> Iterator[Check]:
+    """Check that the same step gives the same bits, run after run and for 1, 2 and 4 threads.
+
+    A step on every grouping, large enough that compiled code gives each thread a part of it. The
+    update rules come in turn.
+    """
+    interpreted = backends.asked_for() == "triton" and triton_launch.interpreting()
+    native = backends.asked_for() == "cpu"
+    shape = (300, 700) if native else (66, 70) if interpreted else (130, 260)
+    rules = cycle(RULES.values())
+    for (ours, _, options), (penalty, dtype) in zip(
+        rules, product(penalties, FLOAT_DTYPES), strict=False
+    ):
+        views = [by for by in _groupings(penalty) if by in (None, "out", "in", "layer")]
+        starts, gradients = (
+            [torch.from_numpy(generator.normal(size=shape)).to(dtype) for _ in views]
+            for _ in range(2)
+        )
+        lam = 0.001 if penalty == "cges" else 0.1
+        a = random_shape(penalty, 0.1, generator, -1, 1)
+        groups = [{"lam": lam, "a": a, "penalty": penalty, "group_by": by} for by in views]
+        of = (partial(ours, **options, lr=0.1), starts, gradients, groups, device)
+        threads = torch.get_num_threads()
+        row, unit = penalty or "no penalty", "differing weights"
+        again = _differing((threads, threads), *of)
+        yield _check("bits", row, dtype, "another run", [again], 0, unit)
+        if device.type == "cpu" and not interpreted:
+            counts = _differing((1, 2, 4), *of)
+            yield _check("bits, 1, 2, 4 threads", row, dtype, "one thread", [counts], 0, unit)
+
+
+def _differing(threads: Sequence[int], *step: Any) -> list[int]:
+    """Return how many weights have other bits than in the first run: by run and tensor.
+
+    A run for each number of threads; `step` is what `_step` takes.
+    """
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for n in threads:
+            torch.set_num_threads(n)
+            runs.append([_patterns(weights) for weights in _step(*step)])
+    finally:
+        torch.set_num_threads(before)
+    first, *others = runs
+    return [int((x != y).sum()) for run in others for x, y in zip(first, run, strict=True)]
+
+
+def _patterns(x: Tensor) -> Tensor:
+    """Return the bits of each weight, as whole numbers."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+PARTS = (_thresholds, _many, _groups, _rules, _steps, _bits)
+"""All that is checked: functions of the generator, the bounds, the device and the penalties."""
+
+
 def _check(
     section: str,
     row: str,
@@ -383,7 +309,8 @@ def _check(
 ) -> Check:
     every = np.concatenate([np.ravel(error) for error in errors])
     largest = float(every.max())  # a NaN is its own max
-    return Check(section, row, _name(dtype), against, every.size, largest, bound, unit)
+    p999 = float(np.quantile(every, 0.999, method="inverted_cdf"))
+    return Check(section, row, _name(dtype), against, every.size, largest, bound, unit, p999)
 
 
 def _name(dtype: torch.dtype) -> str:
