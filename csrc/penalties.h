@@ -211,12 +211,13 @@ struct TwoThirdsRatio {
       cube_root -= cube_root * excess / (2 * excess + 3 * x);
     }
     const A y = x * cube_root, ky = k * y;
-    A r = mul_add(y, polynomial<TwoThirdsRoot>(y), A(1));
+    // In e = r - 1, which has digits that r has not.
+    A e = y * polynomial<TwoThirdsRoot>(y);
     for (int i = 0; i < (sizeof(A) == sizeof(float) ? 1 : 2); i++) {
-      const A cube = r * r * r;
-      r -= mul_add(r, cube - 1, ky) / mul_add(A(4), cube, A(-1));
+      const A less = e * mul_add(e, 3 + e, A(3));  // r^3 - 1
+      e -= (mul_add(e, less, less) + ky) / mul_add(A(4), less, A(3));
     }
-    return r * r * r;
+    return mul_add(e, mul_add(e, 3 + e, A(3)), A(1));
   }
 };
 template <class A>

@@ -79,8 +79,9 @@ SQUARES = [
 ]
 
 
+@pytest.mark.parametrize("stale", [0.5, math.nan])
 @pytest.mark.parametrize("case", SQUARES, ids=lambda case: case.name)
-def test_one_stale_weight_is_found(case, monkeypatch):
+def test_one_wrong_weight_is_found(case, stale, monkeypatch):
     """In what the reference gives: each case looks at every weight."""
     right = reference._run_entry
     if backends.preferred("cpu") == "reference":
@@ -89,7 +90,7 @@ def test_one_stale_weight_is_found(case, monkeypatch):
 
     def wrong(rule, penalty, entry, *more):
         right(rule, penalty, entry, *more)
-        entry.param[-1, -1] = 0.5
+        entry.param[-1, -1] = stale
 
     monkeypatch.setattr(reference, "_run_entry", wrong)
     assert cases.disagreement(case, "cpu").endswith("of 90000 weights are not the reference's")

@@ -371,11 +371,11 @@ def _l_two_thirds(size, c, T: tl.constexpr):
     x = tl.maximum(_quotient(tl.load(c + C_SHAPE), size, T), 1e-30)
     y = x * _cube_root(x, tl.exp2(tl.log2(x) * 0.3333333333333333))
     ky = tl.load(c + C_SHAPE + 1) * y
-    r = 1 + y * _two_thirds_root(y)
+    e = y * _two_thirds_root(y)  # r - 1, which has digits that r has not
     for _ in tl.static_range(2 if T == tl.float64 else 1):
-        cube = r * r * r
-        r -= (r * (cube - 1) + ky) / (4 * cube - 1)
-    return size * (r * r * r)
+        less = e * (e * (3 + e) + 3)  # r^3 - 1
+        e -= (e * less + less + ky) / (4 * less + 3)
+    return size * (e * (e * (3 + e) + 3) + 1)
 
 
 # --- Penalties of whole groups, as in penalties.h. No weight has a threshold of its own; what is
