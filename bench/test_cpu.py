@@ -59,7 +59,11 @@ def check_step(rule, shape, group_by, dtype, path, **regularizer):
     tolerance = 8 * torch.finfo(dtype).eps * want.abs().max().item()
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
     assert got.eq(0).any() == want.eq(0).any()
-    view = view_of(got, group_by)
+    assert_path(got, group_by, path)
+
+
+def assert_path(tensor, group_by, path):
+    view = view_of(tensor, group_by)
     tiles = torch.ops.tl1kernels.cpu_tiles(view.blocks, view.outer, view.groups, view.inner)
     assert set(tiles[::7]) == {("flat", "resident", "measure").index(path)}
 
@@ -231,6 +235,7 @@ def test_every_penalty(against, penalty):
     options = regularizer(penalty)
     case = Case(f"SGD, rows, {penalty}", "SGD", options, ((4096, 4096),))
     assert disagreement(case, "cpu") == ""
+    assert_path(torch.empty(4096, 4096, device="meta"), "out", "resident")
     peer = "torch SGD, fused, no prox"
 
     def make():

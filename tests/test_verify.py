@@ -85,41 +85,32 @@ def plant_wrong_threshold(monkeypatch):
     monkeypatch.setitem(reference.PROX, "l1", wrong)
 
 
-def plant_bits_by_threads(monkeypatch):
-    right = reference._run_entry
+def plant_bits(monkeypatch, differs):
+    """Plant a native step whose last row has other bits whenever `differs()`."""
+    right = backends.native.run
 
-    def wrong(rule, penalty, entry, *more):
-        right(rule, penalty, entry, *more)
-        if torch.get_num_threads() == 4:
-            entry.param[-1] *= 1 + torch.finfo(entry.param.dtype).eps
+    def wrong(batch):
+        right(batch)
+        if differs():
+            for entry in batch.entries:
+                entry.param[-1] *= 1 + torch.finfo(entry.param.dtype).eps
 
-    monkeypatch.setattr(reference, "_run_entry", wrong)
-
-
-def plant_bits_by_run(monkeypatch):
-    right, runs = reference._run_entry, itertools.count()
-
-    def wrong(rule, penalty, entry, *more):
-        right(rule, penalty, entry, *more)
-        if next(runs) % 7 == 0:
-            entry.param[-1] *= 1 + torch.finfo(entry.param.dtype).eps
-
-    monkeypatch.setattr(reference, "_run_entry", wrong)
+    monkeypatch.setattr(backends.native, "run", wrong)
 
 
-@pytest.mark.parametrize(
-    ("plant", "section"),
-    [
-        (plant_bits_by_threads, "bits, 1, 2, 4 threads"),
-        (plant_bits_by_run, "bits"),
-    ],
-)
-def test_planted_differences_of_bits_are_found(monkeypatch, plant, section):
+@pytest.mark.skipif(backends.native.unavailable() is not None, reason="no native library")
+def test_planted_differences_of_bits_are_found(monkeypatch):
     threads = torch.get_num_threads()
-    plant(monkeypatch)
-    failed = {check.section for check in verify("reference", 3, ["l1"]).checks if not check.passed}
-    assert section in failed
-    assert torch.get_num_threads() == threads
+    runs = itertools.count()
+    for section, differs in (
+        ("bits, 1, 2, 4 threads", lambda: torch.get_num_threads() == 4),
+        ("bits", lambda: next(runs) % 7 == 0),
+    ):
+        with monkeypatch.context() as patch:
+            plant_bits(patch, differs)
+            failed = {c.section for c in verify("cpu", 3, ["l1"]).checks if not c.passed}
+        assert section in failed
+        assert torch.get_num_threads() == threads
 
 
 @pytest.mark.skipif(backends.native.unavailable() is not None, reason="no native library")

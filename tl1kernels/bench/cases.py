@@ -200,19 +200,21 @@ def growth(side: int, device: str) -> Iterator[Case]:
             yield Case(**{**vars(case), "axis": "threads", "at": n, "threads": n})
 
 
-def sides(case: Case, device: str) -> tuple[dict[str, Step], list[Tensor]]:
-    """Return what is called in turn, ours first, and the parameters that it works on."""
+def sides(case: Case, device: str) -> dict[str, Step]:
+    """Return what is called in turn, on one memory; torch's is lacking for the prox alone."""
     params = [fresh(shape, case.dtype, device) for shape in case.shapes]
     with torch.no_grad():
         for p in params if case.zeros else ():
-            p.mul_(torch.rand_like(p) >= case.zeros)
-            p.grad = p.grad * (p != 0) if p.grad is not None else None
+            alive = torch.rand_like(p) >= case.zeros
+            p.mul_(alive)
+            if p.grad is not None:
+                p.grad.mul_(alive)
     if case.rule is None:
         (p,) = params
         v = p.detach()
-        return {"ours": lambda: tk.prox_(v, LR, **case.options)}, params
+        return {"ours": lambda: tk.prox_(v, LR, **case.options)}
     ours, theirs = steps_on_one_memory(case.rule, list(params), **case.options)
-    return {"ours": ours, PEER: theirs}, params
+    return {"ours": ours, PEER: theirs}
 
 
 def disagreement(case: Case, device: str) -> str:

@@ -34,7 +34,6 @@ class Timed:
     name: str
     axis: str
     at: int
-    weights: int
     ms: float
     gb_per_s: float
     of_copy: float
@@ -122,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class WrongStepError(Exception):
-    """A step is not the reference's; nothing is timed then."""
+    """A step is not the reference's; nothing is written then."""
 
 
 def timed(
@@ -132,14 +131,13 @@ def timed(
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads or before)
     try:
-        seconds = timing.interleaved(lambda: sides(case, device)[0], clock, rounds, placements=3)
+        seconds = timing.interleaved(lambda: sides(case, device), clock, rounds, placements=3)
     finally:
         torch.set_num_threads(before)
     of = [torch.empty(shape, dtype=case.dtype, device="meta") for shape in case.shapes]
     ours = float(np.median(seconds["ours"]))
     rate = step_bytes(case.rule, of) / ours
-    weights = sum(p.numel() for p in of)
-    result = Timed(case.name, case.axis, case.at, weights, 1e3 * ours, rate / 1e9, rate / copy)
+    result = Timed(case.name, case.axis, case.at, 1e3 * ours, rate / 1e9, rate / copy)
     if PEER in seconds:
         ratio = timing.ratio_of(seconds["ours"], seconds[PEER], rounds)
         result.ratio, result.peer_ms = ratio.ratio, ratio.peer_ms

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tl1kernels.backends import triton_launch
 from tl1kernels.bench.cases import Step
 
 
@@ -108,9 +109,11 @@ def environment(device: str) -> dict[str, Any]:
     models = cpuinfo.read_text().split("model name") if cpuinfo.exists() else []
     gpu = {}
     if device == "cuda":
-        import triton
+        gpu = {"gpu": torch.cuda.get_device_name()}
+        if triton_launch.unavailable() is None:
+            import triton
 
-        gpu = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
+            gpu["triton"] = triton.__version__
     return {
         **gpu,
         "processor": models[1].splitlines()[0].strip("\t: ") if len(models) > 1 else "unknown",
