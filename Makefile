@@ -21,9 +21,10 @@ test: setup
 	$(BIN)/tl1kernels verify --backend reference
 	$(BIN)/tl1kernels verify
 	TRITON_INTERPRET=1 $(BIN)/tl1kernels verify --backend triton
+	TL1KERNELS_CUDA=emulated $(BIN)/tl1kernels verify --backend cuda
 
 bench: setup
-	$(PIP) --no-build-isolation -e '.[bench]'
+	$(PIP) --no-build-isolation -e '.[bench]' $(BUILD)
 	$(BIN)/python -m pytest bench --benchmark-enable --json-out bench/results
 
 # A library of its own, found before the installed one.
@@ -45,10 +46,16 @@ setup: $(VENV)/.done
 
 # Two installs: the library's build needs torch's headers, and build isolation
 # would download another torch to get them.
+# The CUDA kernels are built for one GPU, whatever the torch, where there is nvcc; and always for
+# the host, where the tests run them.
+CUDA_ARCHITECTURES ?= 90a-real
+DEFINE := --config-settings=cmake.define
+BUILD  := $(DEFINE).TL1_EMULATE_CUDA=ON $(if $(shell command -v nvcc),$(DEFINE).TL1_CUDA=ON \
+          $(DEFINE).CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES))
 $(VENV)/.done: pyproject.toml constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy 'scikit-build-core>=0.11' 'cmake>=3.24' ninja
-	$(PIP) --no-build-isolation -e '.[train,test]'
+	$(PIP) --no-build-isolation -e '.[train,test]' $(BUILD)
 	touch $@
 
 clean:

@@ -36,18 +36,6 @@ struct Measures {
   }
 };
 
-inline Shrink finish(int coupled, const Measured& m, const Coupling& c) {
-#define TL1_FINISH(name, Penalty) Penalty::finish,
-  constexpr Shrink (*FINISH[])(const Measured&, const Coupling&) = {TL1_COUPLED(TL1_FINISH)};
-  return FINISH[coupled](m, c);
-}
-
-inline double offset(int coupled, double tau) {
-#define TL1_OFFSET(name, Penalty) Penalty::offset,
-  constexpr double (*OFFSET[])(double) = {TL1_COUPLED(TL1_OFFSET)};
-  return OFFSET[coupled](tau);
-}
-
 // Measures v[i], at place `at + i * step` of its group, into [i], for i in [0, n).
 template <class A>
 void measure_weights(const A* v, int64_t n, double at, double step, double offset, double unit,

@@ -182,7 +182,8 @@ class Runner {
   template <bool KeepState>
   void advance_coupled(int64_t at, int64_t n, int64_t index, A* out, double* sums) {
     advance_to<KeepState>(at, n, out, nullptr);
-    const double offset = tl1::offset(step.coupled, step.coupling.tau), unit = step.unit;
+    // Rounded, as the cut is by which the weights will shrink.
+    const double offset = A(tl1::offset(step.coupled, step.coupling.tau)), unit = step.unit;
     const Measures groups = of_groups(sums), slots = of_columns();
     const int64_t first = origin / inner;
     each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {

@@ -15,6 +15,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "cpu_builds.h"
+#include "names.h"
 #include "schedule.h"
 
 namespace tl1 {
@@ -74,11 +75,6 @@ const Build& chosen_build() {
                   asked, "'");
 }
 
-#define TL1_NAME(name, ...) name,
-constexpr const char* RULE_NAMES[] = {TL1_RULES(TL1_NAME)};
-constexpr const char* PENALTY_NAMES[] = {TL1_PENALTIES(TL1_NAME)};
-constexpr const char* COUPLED_NAMES[] = {TL1_COUPLED(TL1_NAME)};
-
 #define TL1_STATES(name, Rule) Rule<float>::STATES,
 constexpr int RULE_STATES[] = {TL1_RULES(TL1_STATES)};
 #define TL1_COUNTS(name, Rule) Rule<float>::COUNTS,
@@ -87,24 +83,6 @@ constexpr bool RULE_COUNTS[] = {TL1_RULES(TL1_COUNTS)};
 #define TL1_PREPARE(name, prepare, Penalty) prepare<A>,
 template <class A>
 constexpr void (*PREPARE[])(double, double, double, Coefficients&) = {TL1_PENALTIES(TL1_PREPARE)};
-
-// The place of a name, or -1.
-template <size_t N>
-int index_of(const std::string& name, const char* const (&names)[N]) {
-  for (size_t i = 0; i < N; i++) {
-    if (name == names[i]) return static_cast<int>(i);
-  }
-  return -1;
-}
-
-template <size_t N>
-int row_of(const char* argument, const std::string& name, const char* const (&names)[N]) {
-  const int row = index_of(name, names);
-  if (row >= 0) return row;
-  std::string known;
-  for (size_t i = 0; i < N; i++) known += std::string(i ? ", '" : "'") + names[i] + "'";
-  STD_TORCH_CHECK(false, argument, " must be one of ", known, ", got '", name, "'");
-}
 
 Stored stored_type(ScalarType type) {
   switch (type) {
@@ -316,12 +294,6 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   run(steps, plan, run_tile);
 }
 
-std::string joined(const char* const* names, size_t n) {
-  std::string all;
-  for (size_t i = 0; i < n; i++) all += std::string(i ? " " : "") + names[i];
-  return all;
-}
-
 // The tiles of one tensor with groups: for each its phase, base, row0, row1, col0, col1, strip.
 std::vector<int64_t> cpu_tiles(int64_t blocks, int64_t outer, int64_t groups, int64_t inner) {
   Step step{};
@@ -344,15 +316,8 @@ std::string cpu_builds() {
   }
   return all;
 }
-std::string scalar_names() {
-#define TL1_SCALAR_NAME(name) #name,
-  constexpr const char* NAMES[] = {TL1_SCALARS(TL1_SCALAR_NAME)};
-  return joined(NAMES, std::size(NAMES));
-}
-std::string penalty_names() {
-  return joined(PENALTY_NAMES, std::size(PENALTY_NAMES)) + " " +
-         joined(COUPLED_NAMES, std::size(COUPLED_NAMES));
-}
+std::string scalar_names() { return joined(SCALAR_NAMES); }
+std::string penalty_names() { return joined(PENALTY_NAMES) + " " + joined(COUPLED_NAMES); }
 
 }  // namespace
 }  // namespace tl1

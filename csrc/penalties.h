@@ -14,7 +14,7 @@ struct Pieces {
   A cut, offset1, rest1, slope1, end1, offset2, rest2, slope2, end2;
 
   // A piece slope * (|v| - offset), up to |v| = end; it is not there where it ends before the cut.
-  static void piece(double* x, double slope, double offset, double end) {
+  TL1_ONCE static void piece(double* x, double slope, double offset, double end) {
     x[0] = round_down<A>(offset);
     x[1] = what_is_left(offset, x[0]);
     x[2] = slope;
@@ -38,13 +38,13 @@ struct Pieces {
 
 // l0: hard threshold (Blumensath & Davies 2008).
 template <class A>
-void prepare_l0(double step, double weight, double, Coefficients& c) {
+TL1_ONCE void prepare_l0(double step, double weight, double, Coefficients& c) {
   c.cut = round_down<A>(sqrt(2 * step * weight));
 }
 
 // SCAD (Fan & Li 2001), a > 1 + step.
 template <class A>
-void prepare_scad(double step, double weight, double a, Coefficients& c) {
+TL1_ONCE void prepare_scad(double step, double weight, double a, Coefficients& c) {
   c.cut = round_down<A>(step * weight);
   Pieces<A>::piece(c.x, 1, step * weight, weight * (1 + step));
   Pieces<A>::piece(c.x + 4, (a - 1) / (a - 1 - step), step * weight * (a / (a - 1)), a * weight);
@@ -52,14 +52,14 @@ void prepare_scad(double step, double weight, double a, Coefficients& c) {
 
 // MCP (Zhang 2010), a > step: the firm threshold.
 template <class A>
-void prepare_mcp(double step, double weight, double a, Coefficients& c) {
+TL1_ONCE void prepare_mcp(double step, double weight, double a, Coefficients& c) {
   c.cut = round_down<A>(step * weight);
   Pieces<A>::piece(c.x, a / (a - step), step * weight, a * weight);
 }
 
 // min(|w|, a) (Zhang 2009): a soft threshold, or none where that is better.
 template <class A>
-void prepare_capped_l1(double step, double weight, double a, Coefficients& c) {
+TL1_ONCE void prepare_capped_l1(double step, double weight, double a, Coefficients& c) {
   const double tau = step * weight;
   c.cut = round_down<A>(a < tau / 2 ? sqrt(2 * tau) * sqrt(a) : tau);
   if (a >= tau / 2) Pieces<A>::piece(c.x, 1, tau, a + tau / 2);
@@ -84,7 +84,7 @@ struct Log {
       const A p = mul_add(self.slope, size, self.one);
       const A below = p - self.k;
       const A square = (below > 0 ? below : A(0)) * (p + self.k);
-      const A w = size - self.numerator / (p + root(square));
+      const A w = size - quotient(self.numerator, p + root(square));
       return w < 0 ? A(0) : w;
     }));
   }
@@ -93,7 +93,7 @@ struct Log {
 // Where |v| begins to live, in units of 1 / a. For k = a t <= 1 that is where the slope at 0 ends, and
 // the prox is continuous there. Beyond, it jumps to the w = x / a where both are as good:
 //   2 (log(1 + x) - x / (1 + x)) / x^2 = 1 / k,   and the left side falls.
-inline double log_cut(double k) {
+TL1_ONCE double log_cut(double k) {
   if (k <= 1) return k;
   double low = 1e-9, high = 2 * k + 10, x = high;
   for (int i = 0; i < 64; i++) {
@@ -105,7 +105,7 @@ inline double log_cut(double k) {
 }
 
 template <class A>
-void prepare_log(double step, double weight, double a, Coefficients& c) {
+TL1_ONCE void prepare_log(double step, double weight, double a, Coefficients& c) {
   a = fmin(fmax(a, 1e-100), 1e100);  // beyond that it is l0 or l1 to all digits
   const double t = step * weight * (a / log1p(a)), cut = log_cut(a * t) / a;
   const double by = fmin(1, 1 / a);
@@ -162,11 +162,11 @@ struct Power {
   template <class Loop>
   TL1_INLINE void with_prox(Loop loop) const {
     const A t = threshold, factor = k;
-    loop(dear([=](A size) TL1_LAMBDA { return size * Ratio::of(t / size, factor); }));
+    loop(dear([=](A size) TL1_LAMBDA { return size * Ratio::of(quotient(t, size), factor); }));
   }
 
   // With t rounded, k makes up for it.
-  static void prepare(double threshold, Coefficients& c) {
+  TL1_ONCE static void prepare(double threshold, Coefficients& c) {
     c.cut = round_down<A>(threshold);
     c.x[0] = fmin(c.cut, 3e38);
     c.x[1] = Ratio::K * (c.x[0] > 0 ? pow(threshold / c.x[0], Ratio::POWER) : 1);
@@ -182,7 +182,7 @@ struct HalfRatio {
     A r = mul_add(y, polynomial<HalfRoot>(y), A(1));
     for (int i = 0; i < (sizeof(A) == sizeof(float) ? 1 : 2); i++) {
       const A square = r * r;
-      r -= mul_add(r, square - 1, ky) / mul_add(A(3), square, A(-1));
+      r -= quotient(mul_add(r, square - 1, ky), mul_add(A(3), square, A(-1)));
     }
     return r * r;
   }
@@ -191,7 +191,7 @@ template <class A>
 using Half = Power<A, HalfRatio>;
 
 template <class A>
-void prepare_l_half(double step, double weight, double, Coefficients& c) {
+TL1_ONCE void prepare_l_half(double step, double weight, double, Coefficients& c) {
   const double root = cbrt(step * weight);
   Half<A>::prepare(1.5 * root * root, c);
 }
@@ -208,14 +208,14 @@ struct TwoThirdsRatio {
     for (int i = 0; i < (sizeof(A) == sizeof(float) ? 2 : 3); i++) {
       const A square = cube_root * cube_root;
       const A excess = mul_add(square, cube_root, -x);
-      cube_root -= cube_root * excess / (2 * excess + 3 * x);
+      cube_root -= quotient(cube_root * excess, 2 * excess + 3 * x);
     }
     const A y = x * cube_root, ky = k * y;
     // In e = r - 1, which has digits that r has not.
     A e = y * polynomial<TwoThirdsRoot>(y);
     for (int i = 0; i < (sizeof(A) == sizeof(float) ? 1 : 2); i++) {
       const A less = e * mul_add(e, 3 + e, A(3));  // r^3 - 1
-      e -= (mul_add(e, less, less) + ky) / mul_add(A(4), less, A(3));
+      e -= quotient(mul_add(e, less, less) + ky, mul_add(A(4), less, A(3)));
     }
     return mul_add(e, mul_add(e, 3 + e, A(3)), A(1));
   }
@@ -224,7 +224,7 @@ template <class A>
 using TwoThirds = Power<A, TwoThirdsRatio>;
 
 template <class A>
-void prepare_l_two_thirds(double step, double weight, double, Coefficients& c) {
+TL1_ONCE void prepare_l_two_thirds(double step, double weight, double, Coefficients& c) {
   const double x = step * weight / 1.5;
   TwoThirds<A>::prepare(2 * sqrt(x) * sqrt(sqrt(x)), c);
 }
@@ -250,8 +250,8 @@ struct Shrink {
 // Combined group and exclusive sparsity (Yoon & Hwang 2017): with the factor s of the group lasso, a
 // soft threshold of s v at tau ||s v||_1.
 struct Cges {
-  static double offset(double) { return 0; }
-  static Shrink finish(const Measured& m, const Coupling& c) {
+  TL1_ONCE static double offset(double) { return 0; }
+  TL1_ONCE static Shrink finish(const Measured& m, const Coupling& c) {
     return {c.threshold > 0 ? shrink_factor(m.squares, c.threshold) : 1, c.tau * m.sum, -1, 0};
   }
 };
@@ -259,10 +259,11 @@ struct Cges {
 // ||w||_1 - ||w||_2 (Lou & Yan 2018), then the group lasso: the soft-thresholded group,
 // scaled up to its norm + tau, or its largest weight alone.
 struct L1MinusL2 {
-  static double offset(double tau) { return tau; }
-  static Shrink finish(const Measured& m, const Coupling& c) {
+  TL1_ONCE static double offset(double tau) { return tau; }
+  TL1_ONCE static Shrink finish(const Measured& m, const Coupling& c) {
     const double norm = root(m.squares), size = magnitude_of(m.largest) * c.unit;
-    if (m.squares == 0 && size <= c.tau * c.unit) {  // NaN is not 0
+    // Also where rounding alone has left nothing beyond tau. NaN is not 0.
+    if (m.squares == 0) {
       const double left = size <= c.threshold ? 0 : 1 - c.threshold / size;
       return {0, c.tau, m.at, left * m.largest};
     }
@@ -276,6 +277,20 @@ struct L1MinusL2 {
 #define TL1_COUPLED(row) \
   row("l1_minus_l2", L1MinusL2) \
   row("cges", Cges)
+
+TL1_ONCE Shrink finish(int coupled, const Measured& m, const Coupling& c) {
+#define TL1_FINISH(name, Penalty) \
+  if (coupled-- == 0) return Penalty::finish(m, c);
+  TL1_COUPLED(TL1_FINISH)
+  return {1, 0, -1, 0};
+}
+
+TL1_ONCE double offset(int coupled, double tau) {
+#define TL1_OFFSET(name, Penalty) \
+  if (coupled-- == 0) return Penalty::offset(tau);
+  TL1_COUPLED(TL1_OFFSET)
+  return 0;
+}
 
 // name in the registry (tl1kernels/penalties.py), function, struct
 #define TL1_PENALTIES(row) \

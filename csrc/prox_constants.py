@@ -114,7 +114,9 @@ TRITON_POWERS = {
     "_half_root": (HALF, 5),
     "_two_thirds_root": (TWO_THIRDS, 7),
 }
-TRITON_16_BIT = {"_p_7": 7, "_p_5": 5}  # degree, for P itself, by u
+# degree, for P itself, by u
+CPP_16_BIT = {"Tl1Short": 7}
+TRITON_16_BIT = {"_p_7": 7, "_p_5": 5}
 
 
 Fit = tuple[tuple[str, Callable[[mp.mpf], mp.mpf], float], int]
@@ -125,14 +127,27 @@ def cpp(fits: dict[str, Fit]) -> list[str]:
     out = []
     for name, ((what, f, high), degree) in fits.items():
         c, error = minimax(f, high, degree)
-        out.append(f"// {what}: relative error {error:.1e}")
-        out.append(f"struct {name} {{")
-        out.append(f"  static constexpr int TERMS = {len(c)};")
-        out.append("  TL1_INLINE static constexpr double coefficient(int i) {")
-        out.append("    const double c[TERMS] = {")
-        out += [f"        {mp.nstr(value, 17, min_fixed=-1, max_fixed=1)}," for value in c]
-        out += ["    };", "    return c[i];", "  }", "};"]
+        out += series(name, f"{what}: relative error {error:.1e}", c)
     return out
+
+
+def cpp_16_bit() -> list[str]:
+    """Return that of TL1 for 16 bits."""
+    c, what = p_of_u(CPP_16_BIT["Tl1Short"])
+    return series("Tl1Short", what, c)
+
+
+def series(name: str, what: str, c: list[mp.mpf]) -> list[str]:
+    """Return a struct for the coefficients c, the constant first."""
+    return [
+        f"// {what}",
+        f"struct {name} {{",
+        f"  static constexpr int TERMS = {len(c)};",
+        "  TL1_INLINE static constexpr double coefficient(int i) {",
+        "    const double c[TERMS] = {",
+        *(f"        {mp.nstr(value, 17, min_fixed=-1, max_fixed=1)}," for value in c),
+        *("    };", "    return c[i];", "  }", "};"),
+    ]
 
 
 def triton(fits: dict[str, Fit]) -> list[str]:
@@ -148,10 +163,16 @@ def triton_16_bit() -> list[str]:
     """Return those of TL1 for 16 bits."""
     out = []
     for name, degree in TRITON_16_BIT.items():
-        c, error = minimax(lambda u: p_of(u) / p_of(0), 1.0, degree)
-        what = f"P = polynomial(u), for q <= 1: relative error {error:.1e}"
-        out += horner(name, "u", what, [p_of(0) * value for value in (1, *c)])
+        c, what = p_of_u(degree)
+        out += horner(name, "u", what, c)
     return out
+
+
+def p_of_u(degree: int) -> tuple[list[mp.mpf], str]:
+    """Return P itself by u: shorter to evaluate, with an error where P - 1 has none."""
+    c, error = minimax(lambda u: p_of(u) / p_of(0), 1.0, degree)
+    what = f"P = polynomial(u), for q <= 1: relative error {error:.1e}"
+    return [p_of(0) * value for value in (1, *c)], what
 
 
 def horner(name: str, x: str, what: str, c: list[mp.mpf]) -> list[str]:
@@ -170,7 +191,7 @@ def horner(name: str, x: str, what: str, c: list[mp.mpf]) -> list[str]:
 
 
 PRINTS = {
-    (): lambda: cpp(CPP),
+    (): lambda: [*cpp(CPP), *cpp_16_bit()],
     ("--powers",): lambda: cpp(POWERS),
     ("--triton",): lambda: [*triton(TRITON), *triton_16_bit()][:-2],
     ("--triton-powers",): lambda: triton(TRITON_POWERS)[:-2],

@@ -15,13 +15,23 @@
 #include <math.h>
 #include <stdint.h>
 
+// TL1_INLINE: what runs for every weight. TL1_ONCE: for every tensor, or group.
 #ifdef __CUDACC__
 #define TL1_INLINE __host__ __device__ __forceinline__
 #define TL1_LAMBDA
+#define TL1_ONCE __host__ __device__ inline
 #else
 // A call that is left in a loop keeps it scalar.
 #define TL1_INLINE __attribute__((always_inline)) inline
 #define TL1_LAMBDA __attribute__((always_inline))
+#define TL1_ONCE inline
+#endif
+
+// Kernels for GPUs, also where they are compiled for the host (cuda/emulation.h).
+#if defined(__CUDACC__) || defined(TL1_EMULATES_CUDA)
+#define TL1_GPU 1
+#else
+#define TL1_GPU 0
 #endif
 
 // The CPU kernels compile this file once per instruction set. A namespace for each keeps the linker
@@ -41,7 +51,7 @@ struct Coefficients {
 inline namespace TL1_ISA {
 
 // Where there is no fused multiply-add the error terms below would be lost to rounding.
-#if defined(__CUDACC__) || defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if TL1_GPU || defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr bool FUSED = true;
 #else
 constexpr bool FUSED = false;
@@ -49,25 +59,62 @@ constexpr bool FUSED = false;
 
 TL1_INLINE float mul_add(float a, float b, float c) { return FUSED ? fmaf(a, b, c) : a * b + c; }
 TL1_INLINE double mul_add(double a, double b, double c) { return FUSED ? fma(a, b, c) : a * b + c; }
-TL1_INLINE float root(float x) { return sqrtf(x); }
 TL1_INLINE double root(double x) { return sqrt(x); }
+TL1_INLINE double quotient(double a, double b) { return a / b; }
+
+// Roots and quotients, to 2 units in the last place or better. CUDA's own, exact to the last, have a
+// slow path and ten instructions to find out. The near ones are for x far from the ends of float32's
+// range.
+#ifdef __CUDA_ARCH__
+TL1_INLINE float root(float x) {
+  float r;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+TL1_INLINE float quotient(float a, float b) {
+  float r;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+TL1_INLINE float near_root(float x) {
+  float r;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+TL1_INLINE float near_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+TL1_INLINE float reciprocal(float x) {
+  const float r = near_reciprocal(x);
+  return fmaf(fmaf(-x, r, 1.0f), r, r);
+}
+#else
+TL1_INLINE float root(float x) { return sqrtf(x); }
+TL1_INLINE float quotient(float a, float b) { return a / b; }
+TL1_INLINE float near_root(float x) { return sqrtf(x); }
+TL1_INLINE float near_reciprocal(float x) { return 1 / x; }
+TL1_INLINE float reciprocal(float x) { return 1 / x; }
+#endif
+
 TL1_INLINE float magnitude_of(float x) { return fabsf(x); }
 TL1_INLINE double magnitude_of(double x) { return fabs(x); }
 
 TL1_INLINE float with_sign_of(float size, float x) { return copysignf(size, x); }
 TL1_INLINE double with_sign_of(double size, double x) { return copysign(size, x); }
-inline float towards_zero(float x) { return nextafterf(x, 0.0f); }
-inline double towards_zero(double x) { return nextafter(x, 0.0); }
+TL1_ONCE float towards_zero(float x) { return nextafterf(x, 0.0f); }
+TL1_ONCE double towards_zero(double x) { return nextafter(x, 0.0); }
 
 // The largest A <= x >= 0, so that a v of type A compares with it as with x itself.
 template <class A>
-A round_down(double x) {
+TL1_ONCE A round_down(double x) {
   A nearest = static_cast<A>(x);
   return static_cast<double>(nearest) > x ? towards_zero(nearest) : nearest;
 }
 
 // What a number in two parts has in its second one; infinity - infinity would be NaN.
-inline double what_is_left(double x, double first) { return fmin(x - first, 3e38); }
+TL1_ONCE double what_is_left(double x, double first) { return fmin(x - first, 3e38); }
 
 TL1_INLINE int32_t bits_of(float x) {
   int32_t bits;
@@ -122,7 +169,7 @@ TL1_INLINE Prox<true, F> dear(F f) { return {f}; }
 
 // l1: max(0, |v| - tau).
 template <class A>
-void prepare_l1(double step, double weight, double, Coefficients& c) {
+TL1_ONCE void prepare_l1(double step, double weight, double, Coefficients& c) {
   const double tau = step * weight;
   c.cut = round_down<A>(tau);
   c.x[0] = what_is_left(tau, c.cut);
@@ -147,7 +194,7 @@ struct SoftThreshold {
 // terms of order a; this one loses nothing, and P is a polynomial:
 //   gentle:   in q itself, where the threshold's q is at most 1/8 (tau below about a^2 / 50)
 //   gentlest: a shorter one, up to 1/64 (tau below about a^2 / 430)
-//   steep:    in 1 - sqrt(1 - q)
+//   root:     in 1 - sqrt(1 - q); for 16 bits, one in sqrt(1 - q)
 // prox_constants.py finds them again and says how good they are.
 // P - 1 = q * polynomial(q), for q <= 1/64: relative error 1.5e-08
 struct Tl1Gentlest {
@@ -208,10 +255,27 @@ struct Tl1Z {
     return c[i];
   }
 };
+// P = polynomial(u), for q <= 1: relative error 2.3e-06
+struct Tl1Short {
+  static constexpr int TERMS = 8;
+  TL1_INLINE static constexpr double coefficient(int i) {
+    const double c[TERMS] = {
+        2.25,
+        -2.5976576600077467,
+        2.7390127842447257,
+        -2.7371359144565257,
+        2.4282576530087249,
+        -1.6678029779829481,
+        7.3313232911787717e-1,
+        -1.4780854102022599e-1,
+    };
+    return c[i];
+  }
+};
 
 template <class A>
 struct TransformedL1 {
-  static void prepare(double step, double weight, double a, Coefficients& c) {
+  TL1_ONCE static void prepare(double step, double weight, double a, Coefficients& c) {
     const double tau = step * weight;
     const double d = tau / a * (1 + 1 / a);  // D in units of a: the threshold is where y = 1 + d
     const bool continuous = d <= 0.5;
@@ -219,46 +283,55 @@ struct TransformedL1 {
     c.cut = round_down<A>(cut);
     c.x[0] = fmin(fmax(a, 1e-100), 1e100);  // beyond that, TL1 is l0 or l1 to all digits
     c.x[1] = tau * c.x[0] * (c.x[0] + 1);
-    c.x[2] = sizeof(A) == 4 ? float_way(continuous ? d : 1, a, tau, c) : WIDE;
+    c.x[2] = sizeof(A) == 4 ? float_way(continuous ? d : 1, a, tau, c) : NEWTON;
     c.x[3] = what_is_left(cut, c.cut);
+    // A power of two, in which y is about 1 where |v| begins to live: none of its powers leaves
+    // float32's range.
+    if (c.x[2] == ROOT) c.x[4] = fmin(ldexp(1.0, -ilogb(c.x[0] + cut)), 0x1p120);
   }
 
-  static constexpr double WIDE = 0, GENTLEST = 1, GENTLE = 2, STEEP = 3;
+  static constexpr double NEWTON = 0, GENTLEST = 1, GENTLE = 2, ROOT = 3;
   double exact_a, exact_d, way;
-  A cut, rest;  // in two parts, as in SoftThreshold
-  A a, a_low, d, k;
-  A slope;  // the cut in units of a^2
+  double unit_of_root;  // what by_root's lengths are in; 1 in the other ways
+  A cut, rest;          // in two parts, as in SoftThreshold
+  A a, a_low, d, k, unit;
+  A limit;        // by_root's: where w is |v| to all digits
+  A slope;        // the cut in units of a^2
   A terms[4];
 
   TL1_INLINE explicit TransformedL1(const Coefficients& c)
-      : exact_a(c.x[0]), exact_d(c.x[1]), way(c.x[2]), cut(A(c.cut)), rest(A(c.x[3])),
-        a(A(exact_a)), a_low(A(exact_a - double(a))), d(A(exact_d)), k(A(6.75 * exact_d)),
-        slope(A(c.x[8])), terms{A(c.x[4]), A(c.x[5]), A(c.x[6]), A(c.x[7])} {}
+      : exact_a(c.x[0]), exact_d(c.x[1]), way(c.x[2]), unit_of_root(way == ROOT ? c.x[4] : 1),
+        cut(A(c.cut)), rest(A(c.x[3])), a(A(exact_a * unit_of_root)),
+        a_low(A(exact_a * unit_of_root - double(a))),
+        d(A(exact_d * unit_of_root * unit_of_root)),
+        k(A(6.75 * exact_d * (unit_of_root * unit_of_root * unit_of_root))),
+        unit(A(unit_of_root)), limit(A(fmin(1e18 / unit_of_root, 1e38))), slope(A(c.x[8])),
+        terms{A(c.x[4]), A(c.x[5]), A(c.x[6]), A(c.x[7])} {}
 
   template <class Loop>
   TL1_INLINE void with_prox(Loop loop) const {
     const TransformedL1 self = *this;
-    if constexpr (sizeof(A) == 4) {
-      if (way == GENTLEST) {
-        return loop(cheap([=](A x) TL1_LAMBDA { return self.by_series<Tl1Gentlest::TERMS>(x); }));
-      }
-      if (way == GENTLE) {
-        return loop(cheap([=](A x) TL1_LAMBDA { return self.by_series<Tl1Gentle::TERMS>(x); }));
-      }
-      if constexpr (FUSED) {
-        if (way == STEEP) return loop(dear([=](A x) TL1_LAMBDA { return self.by_root(x); }));
-      }
+    if constexpr (sizeof(A) == 8) {
+      loop(dear([=](A x) TL1_LAMBDA { return self.by_newton(x); }));
+    } else if constexpr (TL1_GPU) {
+      // Memory hides the root there, and one way is less code.
+      loop(dear([=](A x) TL1_LAMBDA { return self.by_root(x); }));
+    } else if (way == GENTLEST) {
+      loop(cheap([=](A x) TL1_LAMBDA { return self.template by_series<Tl1Gentlest::TERMS>(x); }));
+    } else if (way == GENTLE) {
+      loop(cheap([=](A x) TL1_LAMBDA { return self.template by_series<Tl1Gentle::TERMS>(x); }));
+    } else if constexpr (FUSED) {
+      loop(dear([=](A x) TL1_LAMBDA { return self.by_root(x); }));
+    } else {
+      loop(dear([=](A x) TL1_LAMBDA { return static_cast<A>(self.by_newton(x)); }));
     }
-    loop(dear([=](A x) TL1_LAMBDA { return static_cast<A>(self.by_newton(x)); }));
   }
 
   // Which way float32 takes, for a threshold at |v| = a d. Fills in the series' terms.
-  static double float_way(double d, double a, double tau, Coefficients& c) {
+  TL1_ONCE static double float_way(double d, double a, double tau, Coefficients& c) {
     const double q = 6.75 * d / ((1 + d) * (1 + d) * (1 + d));
-    // Within these, no power of y leaves float32's range.
-    const double steep = a >= 1e-6 && a <= 1e10 && tau >= 1e-24 && tau <= 1e5 ? STEEP : WIDE;
     const bool gentlest = q <= 1.0 / 64;
-    if (q > 0.125 || a < 1e-12 || a > 1e6 || tau < 1e-30) return steep;
+    if (TL1_GPU || q > 0.125 || a < 1e-12 || a > 1e6 || tau < 1e-30) return ROOT;
     double power = a * a;
     c.x[8] = c.cut / power;
     for (int i = 0; i < (gentlest ? Tl1Gentlest::TERMS : Tl1Gentle::TERMS); i++) {
@@ -291,20 +364,28 @@ struct TransformedL1 {
   // |v| - D P / y^2, in units of Y = -2 y, which save a multiplication. `c` carries what rounding
   // took from y: with it 1 / y^2 becomes (1 + c) / y^2, and q becomes q (1 + 3/2 c).
   TL1_INLINE float by_root(float size) const {
-    const float within = at_most(size, 1e18f);  // y^2 must not overflow; w is |v| there anyway
-    const float y = mul_add(-2.0f, within, -2 * a);
-    const float lost = mul_add(4.0f, within, mul_add(2.0f, y, 4 * a)) + 4 * a_low;
-    const float inverse = 1 / (y * y);
+    const float within = at_most(size, limit);  // y^2 must not overflow; w is |v| there anyway
+    const float y = mul_add(-2 * unit, within, -2 * a);
+    const float lost = mul_add(4 * unit, within, mul_add(2.0f, y, 4 * a)) + 4 * a_low;
+    const float inverse = reciprocal(y * y);
     const float y_inverse = inverse * y;
     const float c = lost * y_inverse;
     const float q = (-8 * k * inverse) * y_inverse;
-    const float u = root(magnitude_of(mul_add(-1.5f * q, c, 1 - q)));  // < 0 by rounding alone
+    const float u = near_root(magnitude_of(mul_add(-1.5f * q, c, 1 - q)));  // < 0 by rounding alone
     const float p = (1 - u) * polynomial<Tl1Steep>(1 - u);
     const float excess = mul_add(c, 1 + p, p);  // (1 + c) P - 1
     return at_least_0(mul_add(-mul_add(4 * d, excess, 4 * d), inverse, size));
   }
 
-  // For float64, for a root in float32 without FMA, and for float32 far out. z = cos(acos(u) / 3) gives
+  // The same for a result that is rounded to 16 bits: no term for the rounding of y.
+  TL1_INLINE float by_short_root(float size) const {
+    const float y = mul_add(unit, at_most(size, limit), a);
+    const float inverse = near_reciprocal(y), square = inverse * inverse;
+    const float u = near_root(magnitude_of(mul_add(-k * square, inverse, 1.0f)));
+    return at_least_0(mul_add(-d * square, polynomial<Tl1Short>(u), size));
+  }
+
+  // For float64, and for a root in float32 without FMA. z = cos(acos(u) / 3) gives
   // r = (4 z^2 - 1) / 3; its cubic 4 z^3 - 3 z = u has no double root, so a Newton step squares the
   // polynomial's error.
   TL1_INLINE double by_newton(double size) const {
@@ -322,16 +403,17 @@ struct TransformedL1 {
 };
 
 template <class A>
-void prepare_tl1(double step, double weight, double a, Coefficients& c) {
+TL1_ONCE void prepare_tl1(double step, double weight, double a, Coefficients& c) {
   TransformedL1<A>::prepare(step, weight, a, c);
 }
 
 // max(0, 1 - threshold / norm), the group's factor in eq. 22, from the sum of squares. Both are in
 // units in which the threshold is near 1: where the sum over- or underflows the factor is 1 or 0.
 // `<=` first, so that a norm of 0 is never divided by, and a NaN stays NaN.
-TL1_INLINE double shrink_factor(double sum_of_squares, double threshold) {
-  const double norm = root(sum_of_squares);
-  return norm <= threshold ? 0 : 1 - threshold / norm;
+template <class A>
+TL1_INLINE A shrink_factor(A sum_of_squares, A threshold) {
+  const A norm = root(sum_of_squares);
+  return norm <= threshold ? A(0) : 1 - quotient(threshold, norm);
 }
 
 }  // namespace TL1_ISA

@@ -11,9 +11,11 @@ namespace tl1 {
 inline namespace TL1_ISA {
 
 struct BFloat16 {
+  static constexpr bool BRAIN = true;
   uint16_t bits;
 };
 struct Float16 {
+  static constexpr bool BRAIN = false;
   uint16_t bits;
 };
 
@@ -22,6 +24,11 @@ TL1_INLINE double load(double x) { return x; }
 TL1_INLINE float load(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
 
 TL1_INLINE float load(Float16 x) {
+#ifdef __CUDA_ARCH__
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#endif
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
   // Exponents are re-biased by 112; infinity and NaN by twice that. Subnormals are multiples of
@@ -40,11 +47,18 @@ TL1_INLINE uint32_t mask(bool all) { return all ? 0xffffffffu : 0; }
 
 // `clean` for the 16-bit types: what would be rounded to 0 (up to half the least number) is +0 before.
 TL1_INLINE float cleaned(float x, bool clean, float half_the_least) {
+#ifdef __CUDA_ARCH__
+  return magnitude_of(x) <= (clean ? half_the_least : -1.0f) ? 0.0f : x;
+#endif
   return clean ? from_bits(bits_of(x) & ~mask(magnitude_of(x) <= half_the_least)) : x;
 }
 
 TL1_INLINE void store(float x, bool clean, BFloat16& out) {
   x = cleaned(x, clean, 0x1p-134f);
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+  return;
+#endif
   const uint32_t bits = bits_of(x);
   uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
   rounded |= mask(x != x);  // rounding could carry a NaN over to -0
@@ -53,6 +67,10 @@ TL1_INLINE void store(float x, bool clean, BFloat16& out) {
 
 TL1_INLINE void store(float x, bool clean, Float16& out) {
   x = cleaned(x, clean, 0x1p-25f);
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+  return;
+#endif
   const uint32_t bits = bits_of(x);
   const uint32_t sign = (bits >> 16) & 0x8000;
   const uint32_t magnitude = bits & 0x7fffffff;
@@ -63,6 +81,27 @@ TL1_INLINE void store(float x, bool clean, Float16& out) {
   stored = magnitude >= 0x477ff000 ? 0x7c00 : stored;  // 65520 and up round to infinity
   stored = magnitude > 0x7f800000 ? 0x7e00 : stored;
   out.bits = static_cast<uint16_t>(stored | sign);
+}
+
+// Two neighbours. GPUs have instructions for that: + 0 turns -0 into +0, two at a time.
+template <class P, class A>
+TL1_INLINE void store_pair(A x, A y, bool clean, P* out) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(P) == 2) {
+    constexpr bool brain = P::BRAIN;
+    uint32_t both;
+    if constexpr (brain) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+    if (clean) {
+      if constexpr (brain) asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(both) : "r"(0x3f803f80), "r"(0));
+      else asm("add.rn.f16x2 %0, %0, %1;" : "+r"(both) : "r"(0));
+    }
+    __builtin_memcpy(out, &both, 4);
+    return;
+  }
+#endif
+  store(x, clean, out[0]);
+  store(y, clean, out[1]);
 }
 
 // float64 for itself, float32 for all that is smaller.

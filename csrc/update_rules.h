@@ -47,7 +47,7 @@ struct RuleNumbers {
 inline namespace TL1_ISA {
 
 // `step` counts from 1 for a rule that counts, Adam; it is 0 for one that does not.
-inline RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, double grad_scale,
+TL1_ONCE RuleNumbers rule_numbers(const Scalars& s, const Variant& variant, double grad_scale,
                                 double step) {
   const bool adam = step > 0;
   const bool decoupled = adam && variant.decoupled;
@@ -129,7 +129,7 @@ struct AdamRule {
     // As torch.maximum: a NaN on either side wins.
     if constexpr (Amsgrad) largest = largest > square || largest != largest ? largest : square;
     const A second = Amsgrad ? largest : square;
-    return mul_add(-lr, mean / mul_add(root(second), inverse_root, eps), keep * p);
+    return mul_add(-lr, quotient(mean, mul_add(root(second), inverse_root, eps)), keep * p);
   }
 };
 template <class A>

@@ -8,7 +8,7 @@ from torch import nn
 
 import tl1kernels as tk
 from tl1kernels import backends
-from tl1kernels.backends import triton_launch
+from tl1kernels.backends import cuda, triton_launch
 from tl1kernels.verify import RULES, bounds_of
 
 PAIRS = [
@@ -33,6 +33,7 @@ COUPLED = [name for name, row in tk.PENALTIES.items() if row.coupled]
 ON_THE_REFERENCE_ALONE = {
     "cpu": {"exclusive"},
     "triton": {"exclusive"},
+    "cuda": {"exclusive"},
     "reference": set(),
 }
 """Penalties that a backend has no kernel for yet."""
@@ -88,6 +89,8 @@ def skip_unless_it_runs(backend):
     reason = backends.BACKENDS[backend].unavailable()
     if backend == "triton" and not reason and not triton_launch.interpreting():
         reason = "it compiles for the GPU here; see test_triton.py and test_gpu.py"
+    if backend == "cuda" and not reason and not cuda.emulated():
+        reason = "it runs on the GPU here; see test_gpu.py"
     if reason:
         pytest.skip(f"backend {backend}: {reason}")
 

@@ -7,6 +7,10 @@ import torch
 from tests.common import skip_unless_it_runs
 from tl1kernels import backends
 
+# Where there is no GPU, its kernels are tested on the host.
+if not torch.cuda.is_available():
+    os.environ.setdefault(backends.cuda.ENVIRONMENT, "emulated")
+
 # Pick the examples from the test's own code, not from a clock: a red run can be repeated.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
@@ -23,13 +27,14 @@ def each_backend(request):
 
 def _kernels():
     if backends.native.unavailable():
-        return ["triton"]
-    return [f"cpu {build}" for build in torch.ops.tl1kernels.cpu_builds().split()] + ["triton"]
+        return ["triton", "cuda"]
+    builds = torch.ops.tl1kernels.cpu_builds().split()
+    return [*(f"cpu {build}" for build in builds), "triton", "cuda"]
 
 
 @pytest.fixture(params=_kernels())
 def kernels(request, monkeypatch):
-    """Run a test on the native library for every instruction set, and on Triton; the backend."""
+    """Run a test on the native library for every instruction set, and for GPUs; the backend."""
     backend, _, build = request.param.partition(" ")
     skip_unless_it_runs(backend)
     if build:

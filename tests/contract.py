@@ -60,7 +60,7 @@ CONTRACT = {
         "float or 0-d tensor",
         {
             "test_optim": ["test_lr_and_lam_as_tensors"],
-            "test_triton": ["test_numbers_on_the_device_are_read_by_each_step"],
+            "test_gpu_backends": ["test_numbers_on_the_device_are_read_by_each_step"],
         },
     ),
     "AMP": (
@@ -76,7 +76,7 @@ CONTRACT = {
     "capture": (
         "`capturable=True`: a CUDA graph replays the step (no GPU has run that test yet)",
         {
-            "test_triton": [
+            "test_gpu_backends": [
                 "test_capturable_keeps_the_counter_with_the_parameter_and_checkpoints_go_on",
             ],
             "test_gpu": ["test_a_graph_replays_with_lr_and_lam_as_they_then_are"],

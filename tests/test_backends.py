@@ -91,7 +91,7 @@ def test_argument_before_context_before_environment_before_preference(picky, mon
 
 
 def test_unknown_names():
-    message = r"backend must be None or one of 'cpu', 'triton', 'reference', got 'abacus'"
+    message = r"backend must be None or one of 'cpu', 'triton', 'cuda', 'reference', got 'abacus'"
     with pytest.raises(ValueError, match=message), tk.use_backend("abacus"):
         pass
 

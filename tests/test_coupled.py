@@ -130,6 +130,15 @@ def test_the_default_of_mu_and_the_schedule_of_layers():
     assert of == {"l1_minus_l2": [None, None], "exclusive": [0.2, 0.8], "cges": [0.2, 0.8]}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_rounding_alone_puts_beyond_the_threshold_is_kept_alone(dtype, each_backend):
+    """Tau is 1 for float32, and a little less in float64."""
+    v = torch.tensor([[0.3, -0.1, 1.0], [-1.0, 0.5, 0.0]], dtype=dtype)
+    for tau in (1 - 2**-53, 1.0, 1 + 2**-52):
+        w = tk.prox(v, tau, penalty="l1_minus_l2", group_by=0, mu=1.0)
+        assert w.tolist() == [[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize("group_by", ["out", "in", "layer"])
 def test_of_equal_largest_weights_the_first_is_kept_alone(group_by, each_backend):
     if "l1_minus_l2" in ON_THE_REFERENCE_ALONE[each_backend]:

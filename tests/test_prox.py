@@ -423,7 +423,7 @@ BAD = [
     (
         {"backend": "abacus"},
         ValueError,
-        r"backend must be None or one of 'cpu', 'triton', 'reference'.*'abacus'",
+        r"backend must be None or one of 'cpu', 'triton', 'cuda', 'reference'.*'abacus'",
     ),
     ({"out": torch.ones(3, 2)}, ValueError, r"out must have the shape of v"),
     ({"out": torch.ones(2, 3, device="meta")}, ValueError, r"out must have the device of v, cpu"),

@@ -16,18 +16,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 
-from tl1kernels.backends import native, reference, triton_launch
+from tl1kernels.backends import cuda, native, reference, triton_launch
 from tl1kernels.batch import Batch
 
 BACKENDS: Mapping[str, ModuleType] = {
     "cpu": native,
     "triton": triton_launch,
+    "cuda": cuda,
     "reference": reference,
 }
 
 PREFERENCE: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
 }
 """Backends by device type, the preferred one first; other devices get the reference."""
 

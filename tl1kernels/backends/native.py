@@ -37,13 +37,28 @@ def load() -> Path:
         FileNotFoundError: it was not built; the message says why.
         OSError: it was built but does not load beside this torch.
     """
-    library = _installed(BINARY)
+    library = load_library(BINARY, REPORT)
+    torch_library.register_fake("tl1kernels::step_", _fake_step)
+    return library
+
+
+def load_library(name: str, report_name: str) -> Path:
+    """Load a library of ops that was installed with the package, and return its path.
+
+    Args:
+        name: of the library's file.
+        report_name: of the file that says why there is none.
+
+    Raises:
+        FileNotFoundError: it was not built; the message says why.
+        OSError: it was built but does not load beside this torch.
+    """
+    library = installed(name)
     if library is None:
-        report = _installed(REPORT)
+        report = installed(report_name) or installed(REPORT)
         why = report.read_text().strip() if report else "the package was not installed by pip"
         raise FileNotFoundError(f"not built: {why}")
     torch.ops.load_library(str(library))
-    torch_library.register_fake("tl1kernels::step_", _fake_step)
     return library
 
 
@@ -139,7 +154,8 @@ def penalties() -> frozenset[str]:
     return frozenset(torch.ops.tl1kernels.penalty_names().split())
 
 
-def _installed(name: str) -> Path | None:
+def installed(name: str) -> Path | None:
+    """Return the path of a file that was built with the package; None if there is none."""
     # An editable install keeps built files in site-packages and sources elsewhere; both are in
     # the package's path.
     for folder in tl1kernels.__path__:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tl1kernels import backends
-from tl1kernels.backends import triton_launch
+from tl1kernels.backends import cuda, triton_launch
 from tl1kernels.penalties import PENALTIES
 from tl1kernels.verify.bounds import bounds_of
 from tl1kernels.verify.checks import GROUPINGS, PARTS, RULES, Penalties
@@ -64,10 +64,12 @@ def verify(
 
 def _device(backend: str, name: str | None) -> torch.device:
     """Return the device that a name means; ValueError where the backend cannot run on it."""
-    compiled = backend == "triton" and not triton_launch.interpreting()
+    on_gpu = {"triton": not triton_launch.interpreting(), "cuda": not cuda.emulated()}
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    runs_on = {"cpu": ["cpu"], "triton": ["cuda", *gpus] if compiled else ["cpu"]}
-    allowed = runs_on.get(backend, ["cpu", *(["cuda", *gpus] if gpus else [])])
+    if backend == "reference":
+        allowed = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    else:
+        allowed = ["cuda", *gpus] if on_gpu.get(backend) else ["cpu"]
     if name is not None and name not in allowed:
         names = ", ".join(allowed)
         raise ValueError(f"device must be among {names} for backend {backend!r}, got {name!r}")

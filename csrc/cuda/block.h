@@ -1,0 +1,110 @@
+// What a thread can ask of its block and its cluster: on a GPU, or emulated on the host.
+
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+
+#define TL1_DEVICE __device__ __forceinline__
+
+namespace tl1::gpu {
+
+TL1_DEVICE int thread() { return threadIdx.x; }
+TL1_DEVICE int block() { return blockIdx.x; }
+TL1_DEVICE int blocks() { return gridDim.x; }
+TL1_DEVICE void sync() { __syncthreads(); }
+TL1_DEVICE unsigned char* shared() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+// What lies in global memory, in one access: the compiler, which has the address from a table, could
+// not tell that it does. Volatile keeps them in the order of the source: loads in flight together.
+template <class T>
+TL1_DEVICE void load_global(T& x, const T* at) {
+  const size_t from = __cvta_generic_to_global(at);
+  uint32_t raw[4];
+  if constexpr (sizeof(T) == 16) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(raw[0]), "=r"(raw[1]), "=r"(raw[2]), "=r"(raw[3]) : "l"(from));
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(raw[0]), "=r"(raw[1]) : "l"(from));
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(raw[0]) : "l"(from));
+  } else {
+    uint16_t narrow;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(narrow) : "l"(from));
+    raw[0] = narrow;
+  }
+  __builtin_memcpy(&x, raw, sizeof(T));
+}
+template <class T>
+TL1_DEVICE void store_global(const T& x, T* at) {
+  const size_t to = __cvta_generic_to_global(at);
+  uint32_t raw[4] = {};
+  __builtin_memcpy(raw, &x, sizeof(T));
+  if constexpr (sizeof(T) == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(to), "r"(raw[0]), "r"(raw[1]), "r"(raw[2]), "r"(raw[3]) : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" :: "l"(to), "r"(raw[0]), "r"(raw[1]) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("st.global.u32 [%0], %1;" :: "l"(to), "r"(raw[0]) : "memory");
+  } else {
+    asm volatile("st.global.u16 [%0], %1;" :: "l"(to), "h"(static_cast<uint16_t>(raw[0])) : "memory");
+  }
+}
+TL1_DEVICE uint32_t product_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+template <class T>
+TL1_DEVICE T shuffle_xor(T x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+
+// Clusters: blocks that can read each other's shared memory, from sm_90 on. Else each is its own.
+#if __CUDA_ARCH__ >= 900
+TL1_DEVICE int rank() { return cooperative_groups::this_cluster().block_rank(); }
+TL1_DEVICE int ranks() { return cooperative_groups::this_cluster().num_blocks(); }
+TL1_DEVICE void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+template <class T>
+TL1_DEVICE const T* of_rank(T* mine, int r) {
+  return cooperative_groups::this_cluster().map_shared_rank(mine, r);
+}
+#else
+TL1_DEVICE int rank() { return 0; }
+TL1_DEVICE int ranks() { return 1; }
+TL1_DEVICE void cluster_sync() { __syncthreads(); }
+template <class T>
+TL1_DEVICE const T* of_rank(T* mine, int) { return mine; }
+#endif
+
+// Between blocks. What was written before `arrive` or `announce`, by any thread of the block, is
+// seen after the last `arrive`, or after `await`.
+TL1_DEVICE int take_ticket(int32_t* counter) { return atomicAdd(counter, 1); }
+TL1_DEVICE int arrive(int32_t* counter) {
+  __threadfence();
+  const int before = atomicAdd(counter, 1);
+  __threadfence();
+  return before;
+}
+TL1_DEVICE void announce(int32_t* flag) {
+  __threadfence();
+  atomicExch(flag, 1);
+}
+TL1_DEVICE void await(int32_t* flag) {
+  while (atomicAdd(flag, 0) == 0) __nanosleep(100);
+  __threadfence();
+}
+// What another block has written, which no cache of this one may have.
+template <class T>
+TL1_DEVICE T from_others(const T* at) {
+  static_assert(sizeof(T) % 4 == 0);
+  T x;
+  for (size_t i = 0; i < sizeof(T) / 4; i++) {
+    reinterpret_cast<int32_t*>(&x)[i] = __ldcg(reinterpret_cast<const int32_t*>(at) + i);
+  }
+  return x;
+}
+
+}  // namespace tl1::gpu
+#else
+#include "emulation.h"
+#endif

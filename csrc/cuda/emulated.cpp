@@ -1,0 +1,2 @@
+// The kernels compiled for the host (emulation.h).
+#include "kernels.cu"

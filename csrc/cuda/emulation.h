@@ -1,0 +1,184 @@
+// A GPU's blocks on the host: for tests of the kernels' indexing, reductions and barriers.
+//
+// The threads of a cluster are fibers, which go on in turn until the next barrier. Clusters run one
+// after the other. A barrier that not all of its threads come to ends the program.
+
+#pragma once
+
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <vector>
+
+#include "work.h"
+
+#define TL1_DEVICE __attribute__((always_inline)) inline
+
+namespace tl1::gpu {
+
+class Emulation {
+ public:
+  // Runs `kernel` in every thread of a grid.
+  static void run(int blocks, int ranks, size_t shared_bytes, const std::function<void()>& kernel) {
+    Emulation machine(blocks, ranks, shared_bytes, kernel);
+    for (int first = 0; first < blocks; first += ranks) machine.run_cluster(first);
+  }
+
+  struct Barrier {
+    int expected = 0, arrived = 0;
+    unsigned generation = 0;
+  };
+
+  void wait(Barrier& barrier) {
+    const unsigned generation = barrier.generation;
+    progress++;
+    if (++barrier.arrived == barrier.expected) {
+      barrier.arrived = 0;
+      barrier.generation++;
+      return;
+    }
+    while (barrier.generation == generation) yield();
+  }
+
+  void yield() {
+    if (!_setjmp(fibers[current].back)) _longjmp(scheduler, 1);
+  }
+
+  [[noreturn]] static void misaligned() {
+    fprintf(stderr, "tl1kernels: an access to memory at an address that no GPU takes for it\n");
+    abort();
+  }
+
+  static inline thread_local Emulation* now = nullptr;
+  int blocks, ranks, first_block = 0;
+  int current = 0;  // fiber
+  long progress = 0;
+  std::vector<Barrier> of_warps, of_blocks;
+  Barrier of_cluster;
+  std::vector<std::vector<unsigned char>> memory;  // shared, of each block
+  std::vector<uint64_t> exchanged;                 // by shuffles, of each fiber
+
+ private:
+  static constexpr size_t STACK = 128 << 10;
+  struct Fiber {
+    ucontext_t start;
+    jmp_buf back;
+    bool started = false, done = false;
+  };
+  const std::function<void()>& kernel;
+  std::vector<Fiber> fibers;
+  unsigned char* stacks;
+  jmp_buf scheduler;
+  bool left = false;  // fibers that are not done
+  long before = 0;    // progress, at the beginning of a round
+
+  Emulation(int blocks, int ranks, size_t shared_bytes, const std::function<void()>& kernel)
+      : blocks(blocks), ranks(ranks), of_warps(ranks * THREADS / WARP), of_blocks(ranks),
+        memory(ranks, std::vector<unsigned char>(shared_bytes + 16)), exchanged(ranks * THREADS),
+        kernel(kernel), fibers(ranks * THREADS),
+        stacks(static_cast<unsigned char*>(aligned_alloc(64, ranks * THREADS * STACK))) {
+    for (Barrier& barrier : of_warps) barrier.expected = WARP;
+    for (Barrier& barrier : of_blocks) barrier.expected = THREADS;
+    of_cluster.expected = ranks * THREADS;
+    now = this;
+  }
+  ~Emulation() {
+    now = nullptr;
+    free(stacks);
+  }
+
+  static void enter() {
+    now->kernel();
+    now->fibers[now->current].done = true;
+    now->progress++;
+    now->yield();
+  }
+
+  void run_cluster(int first) {
+    first_block = first;
+    // What a kernel does not write, it must not read: a NaN in every type.
+    for (auto& bytes : memory) memset(bytes.data(), 0xff, bytes.size());
+    for (size_t i = 0; i < fibers.size(); i++) {
+      fibers[i].started = fibers[i].done = false;
+      getcontext(&fibers[i].start);
+      fibers[i].start.uc_stack.ss_sp = stacks + i * STACK;
+      fibers[i].start.uc_stack.ss_size = STACK;
+      fibers[i].start.uc_link = nullptr;
+      makecontext(&fibers[i].start, &Emulation::enter, 0);
+    }
+    for (left = true; left;) {
+      left = false;
+      before = progress;
+      // No local variable counts: it would not outlive the jumps.
+      for (current = 0; current < ranks * THREADS; current++) {
+        if (fibers[current].done) continue;
+        left = true;
+        if (_setjmp(scheduler)) continue;
+        if (fibers[current].started) _longjmp(fibers[current].back, 1);
+        fibers[current].started = true;
+        progress++;
+        setcontext(&fibers[current].start);
+      }
+      if (left && progress == before) stuck();
+    }
+  }
+
+  [[noreturn]] void stuck() {
+    fprintf(stderr, "tl1kernels: emulated threads wait for what the others never do\n");
+    abort();
+  }
+};
+
+TL1_DEVICE int thread() { return Emulation::now->current % THREADS; }
+TL1_DEVICE int rank() { return Emulation::now->current / THREADS; }
+TL1_DEVICE int ranks() { return Emulation::now->ranks; }
+TL1_DEVICE int block() { return Emulation::now->first_block + rank(); }
+TL1_DEVICE int blocks() { return Emulation::now->blocks; }
+inline void sync() { Emulation::now->wait(Emulation::now->of_blocks[rank()]); }
+inline void cluster_sync() { Emulation::now->wait(Emulation::now->of_cluster); }
+template <class T>
+TL1_DEVICE void load_global(T& x, const T* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(T)) Emulation::misaligned();
+  x = *at;
+}
+template <class T>
+TL1_DEVICE void store_global(const T& x, T* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(T)) Emulation::misaligned();
+  *at = x;
+}
+TL1_DEVICE uint32_t product_high(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
+inline unsigned char* aligned(unsigned char* bytes) {
+  return bytes + (16 - reinterpret_cast<uintptr_t>(bytes) % 16) % 16;
+}
+TL1_DEVICE unsigned char* shared() { return aligned(Emulation::now->memory[rank()].data()); }
+template <class T>
+const T* of_rank(T* mine, int r) {
+  const size_t offset = reinterpret_cast<unsigned char*>(mine) - shared();
+  return reinterpret_cast<const T*>(aligned(Emulation::now->memory[r].data()) + offset);
+}
+template <class T>
+T shuffle_xor(T x, int lanes) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Emulation& machine = *Emulation::now;
+  Emulation::Barrier& warp = machine.of_warps[machine.current / WARP];
+  memcpy(&machine.exchanged[machine.current], &x, sizeof(T));
+  machine.wait(warp);
+  memcpy(&x, &machine.exchanged[machine.current ^ lanes], sizeof(T));
+  machine.wait(warp);
+  return x;
+}
+inline int take_ticket(int32_t* counter) { return (*counter)++; }
+inline int arrive(int32_t* counter) { return (*counter)++; }
+inline void announce(int32_t* flag) { *flag = 1; }
+inline void await(const int32_t* flag) {
+  while (!*flag) Emulation::now->yield();
+}
+template <class T>
+T from_others(const T* at) { return *at; }
+
+}  // namespace tl1::gpu

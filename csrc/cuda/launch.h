@@ -1,0 +1,31 @@
+// How the kernels are started: on a GPU (launch.cu), or emulated on the host (launch_emulated.cpp).
+// Each of these throws what the GPU complains of.
+
+#pragma once
+
+#include <stddef.h>
+
+#include "work.h"
+
+namespace tl1::gpu {
+
+// The kernel of one update rule and two stored types; `variant` is one of prepare.h's.
+using Kernel = const void*;
+using KernelOf = Kernel (*)(int variant);
+
+// Where the kernels run: torch's number of a device, and a stream of it.
+struct Place {
+  int device;
+  void* stream;
+};
+
+void launch_prepare(const Work& work, bool wide, const Place& place);
+
+// As many blocks as the device has room for, in clusters of `ranks`, or fewer if that is enough.
+void launch_tiles(Kernel kernel, const Work& work, int ranks, size_t shared_bytes,
+                  const Place& place);
+
+// Whether the device has room for clusters of so many blocks with so much shared memory each.
+bool has_clusters(Kernel kernel, int ranks, size_t shared_bytes, int device);
+
+}  // namespace tl1::gpu

@@ -1,0 +1,203 @@
+// The op tl1kernels::cuda_step_ and what Python asks before it: which kernels there are, and how much
+// of the device they can have. The same for a GPU and for the emulation.
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../names.h"
+#include "cuda_kernels.h"
+#include "launch.h"
+#include "prepare.h"
+#include "tiles.h"
+
+namespace tl1::gpu {
+
+// One for each object of kernels.cu: CMake passes the list.
+#define TL1_DECLARE(T, G, rule) Kernel kernels_##T##_##G##_##rule(int variant);
+TL1_CUDA_KERNELS(TL1_DECLARE)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Compiled {
+  const char *dtype, *grad_dtype, *rule;
+  KernelOf kernel;
+};
+#define TL1_COMPILED(T, G, rule) {#T, #G, #rule, kernels_##T##_##G##_##rule},
+constexpr Compiled ALL[] = {TL1_CUDA_KERNELS(TL1_COMPILED)};
+
+// The struct that a row of TL1_PENALTIES uses decides which variant has it.
+#define TL1_VARIANT(name, prepare, Struct) \
+  Prepared<float>::variant(static_cast<Struct<float>*>(nullptr)),
+constexpr Variant VARIANT_OF[] = {TL1_PENALTIES(TL1_VARIANT)};
+
+// What is to run, by name.
+struct Chosen {
+  Kernel kernel;
+  int rule, penalty, coupled;
+  bool wide;
+};
+
+Chosen choose(const std::string& dtype, const std::string& grad_dtype, const std::string& rule,
+              const std::optional<std::string>& penalty) {
+  Chosen chosen{};
+  chosen.rule = row_of("rule", rule, RULE_NAMES);
+  chosen.coupled = penalty ? index_of(*penalty, COUPLED_NAMES) : -1;
+  chosen.penalty =
+      penalty && chosen.coupled < 0 ? row_of("penalty", *penalty, PENALTY_NAMES) : -1;
+  chosen.wide = dtype == "float64";
+  const Variant variant = chosen.coupled >= 0   ? COUPLED
+                          : chosen.penalty >= 0 ? VARIANT_OF[chosen.penalty]
+                                                : SOFT;
+  for (const Compiled& one : ALL) {
+    if (dtype == one.dtype && grad_dtype == one.grad_dtype && rule == one.rule) {
+      chosen.kernel = one.kernel(variant);
+    }
+  }
+  STD_TORCH_CHECK(chosen.kernel, "no kernel for rule '", rule, "' on ", dtype,
+                  " params with gradients of ", grad_dtype);
+  return chosen;
+}
+
+// Where things lie in a block's shared memory (tiles.h), and its size.
+struct Shared {
+  int64_t parts_at, outcomes_at, waiting_at, bytes;
+};
+
+template <class A, bool COUPLED>
+Shared shared_of(int64_t parts, int64_t outcomes, int64_t waiting) {
+  using M = Measure<A, COUPLED>;
+  using O = Outcome<A, COUPLED>;
+  const auto up = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  Shared shared;
+  shared.parts_at = up(16 + TEAM_GROUPS * sizeof(M));
+  shared.outcomes_at = up(shared.parts_at + parts * sizeof(M));
+  shared.waiting_at = up(shared.outcomes_at + outcomes * sizeof(O));
+  shared.bytes = shared.waiting_at + waiting * sizeof(A);
+  return shared;
+}
+
+Shared shared_of(const Chosen& c, int64_t parts, int64_t outcomes, int64_t waiting) {
+  if (c.wide) {
+    return c.coupled >= 0 ? shared_of<double, true>(parts, outcomes, waiting)
+                          : shared_of<double, false>(parts, outcomes, waiting);
+  }
+  return c.coupled >= 0 ? shared_of<float, true>(parts, outcomes, waiting)
+                        : shared_of<float, false>(parts, outcomes, waiting);
+}
+
+template <class T>
+T* data(const char* name, const Tensor& tensor, ScalarType type, int64_t columns) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous(), name,
+                  " must be contiguous, and of its own dtype");
+  STD_TORCH_CHECK(tensor.numel() % columns == 0, name, " must have ", columns, " columns");
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, const Tensor sync,
+                const Tensor partials, const Tensor factors, const Tensor chunks, const Tensor held,
+                const Tensor split, const Tensor grad_scale, const Tensor found_inf,
+                const std::string dtype, const std::string grad_dtype, const std::string rule,
+                const std::optional<std::string> penalty, bool maximize, bool nesterov,
+                bool decoupled, int64_t ranks, int64_t parts, int64_t outcomes, int64_t waiting,
+                int64_t device, int64_t stream) {
+  const Chosen chosen = choose(dtype, grad_dtype, rule, penalty);
+  const Shared shared = shared_of(chosen, parts, outcomes, waiting);
+  Work work{};
+  work.rows = data<const Row>("table", table, ScalarType::Long, ROW_COLUMNS);
+  work.n_tensors = table.numel() / ROW_COLUMNS;
+  work.scalars = data<const double>("scalars", scalars, ScalarType::Double, SCALAR_COLUMNS);
+  work.records = data<unsigned char>("records", records, ScalarType::Byte, RECORD_BYTES);
+  STD_TORCH_CHECK(scalars.numel() == work.n_tensors * SCALAR_COLUMNS &&
+                      records.numel() == work.n_tensors * static_cast<int64_t>(RECORD_BYTES),
+                  "scalars and records must have a row for each of the table");
+  work.grad_scale = data<const float>("grad_scale", grad_scale, ScalarType::Float, 1);
+  work.found_inf = data<const float>("found_inf", found_inf, ScalarType::Float, 1);
+  work.sync = data<int32_t>("sync", sync, ScalarType::Int, 1);
+  work.n_teams = (sync.numel() - 1) / 2;
+  work.partials = data<unsigned char>("partials", partials, ScalarType::Byte, 1);
+  work.factors = data<unsigned char>("factors", factors, ScalarType::Byte, 1);
+  constexpr int ITEM_COLUMNS = sizeof(Item) / sizeof(int32_t);
+  work.chunks = data<const Item>("chunks", chunks, ScalarType::Int, ITEM_COLUMNS);
+  work.n_chunks = chunks.numel() / ITEM_COLUMNS;
+  work.held = data<const Item>("held", held, ScalarType::Int, ITEM_COLUMNS);
+  work.n_held = held.numel() / ITEM_COLUMNS;
+  work.split = data<const Item>("split", split, ScalarType::Int, ITEM_COLUMNS);
+  work.n_split = split.numel() / ITEM_COLUMNS;
+  work.parts_at = shared.parts_at;
+  work.outcomes_at = shared.outcomes_at;
+  work.waiting_at = shared.waiting_at;
+  work.rule = chosen.rule, work.penalty = chosen.penalty, work.coupled = chosen.coupled;
+  work.maximize = maximize, work.nesterov = nesterov, work.decoupled = decoupled;
+  const Place place{static_cast<int>(device), reinterpret_cast<void*>(stream)};
+  launch_prepare(work, chosen.wide, place);
+  launch_tiles(chosen.kernel, work, static_cast<int>(ranks), shared.bytes, place);
+}
+
+// Whether clusters of `ranks` blocks, each with so much in shared memory, can hold groups.
+bool cuda_has_clusters(const std::string dtype, const std::string grad_dtype,
+                       const std::string rule, const std::optional<std::string> penalty,
+                       int64_t ranks, int64_t parts, int64_t outcomes, int64_t waiting,
+                       int64_t device) {
+  const Chosen chosen = choose(dtype, grad_dtype, rule, penalty);
+  const size_t bytes = shared_of(chosen, parts, outcomes, waiting).bytes;
+  return has_clusters(chosen.kernel, static_cast<int>(ranks), bytes, static_cast<int>(device));
+}
+
+// The bytes of what kernels leave for each other: a record, a measure, an outcome.
+std::vector<int64_t> cuda_sizes(bool wide, bool coupled) {
+  const int64_t measure = wide ? coupled ? sizeof(Measure<double, true>) : sizeof(double)
+                               : coupled ? sizeof(Measure<float, true>) : sizeof(float);
+  const int64_t outcome = wide ? coupled ? sizeof(Outcome<double, true>) : sizeof(double)
+                               : coupled ? sizeof(Outcome<float, true>) : sizeof(float);
+  static_assert(sizeof(Measure<double, false>) == sizeof(double));
+  static_assert(sizeof(Outcome<double, false>) == sizeof(double));
+  return {static_cast<int64_t>(RECORD_BYTES), measure, outcome};
+}
+
+std::string cuda_scalar_names() { return joined(SCALAR_NAMES) + " step"; }
+std::string cuda_coupled_names() { return joined(COUPLED_NAMES); }
+std::string cuda_penalty_names() { return joined(PENALTY_NAMES) + " " + joined(COUPLED_NAMES); }
+
+}  // namespace
+}  // namespace tl1::gpu
+
+// A fragment: the CPU's library, if it is loaded, has ops of the same namespace.
+STABLE_TORCH_LIBRARY_FRAGMENT(tl1kernels, m) {
+  // A step on tensors of one dtype, in place, at the addresses in `table` (backends/cuda.py).
+  //   table                int64 (n, columns of work.h's Row)
+  //   scalars              float64 (n, columns as cuda_scalar_names() has them)
+  //   records, sync, partials, factors   workspace: no value is kept from step to step
+  //   chunks, held, split  int32 (items, 4), of cuda_schedule.py
+  //   grad_scale, found_inf  float32, one each
+  //   ranks                blocks of a cluster; parts, outcomes, waiting: entries in shared memory
+  m.def(
+      "cuda_step_(Tensor table, Tensor scalars, Tensor(a!) records, Tensor(b!) sync, "
+      "Tensor(c!) partials, Tensor(d!) factors, Tensor chunks, Tensor held, Tensor split, "
+      "Tensor grad_scale, Tensor found_inf, str dtype, str grad_dtype, str rule, str? penalty, "
+      "bool maximize, bool nesterov, bool decoupled, int ranks, int parts, int outcomes, "
+      "int waiting, int device, int stream) -> ()");
+  m.def(
+      "cuda_has_clusters(str dtype, str grad_dtype, str rule, str? penalty, int ranks, int parts, "
+      "int outcomes, int waiting, int device) -> bool");
+  m.def("cuda_sizes(bool wide, bool coupled) -> int[]");
+  m.def("cuda_scalar_names() -> str");
+  m.def("cuda_penalty_names() -> str");
+  m.def("cuda_coupled_names() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tl1kernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_step_", TORCH_BOX(&tl1::gpu::cuda_step_));
+  m.impl("cuda_has_clusters", TORCH_BOX(&tl1::gpu::cuda_has_clusters));
+  m.impl("cuda_sizes", TORCH_BOX(&tl1::gpu::cuda_sizes));
+  m.impl("cuda_scalar_names", TORCH_BOX(&tl1::gpu::cuda_scalar_names));
+  m.impl("cuda_coupled_names", TORCH_BOX(&tl1::gpu::cuda_coupled_names));
+  m.impl("cuda_penalty_names", TORCH_BOX(&tl1::gpu::cuda_penalty_names));
+}

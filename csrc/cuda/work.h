@@ -1,0 +1,81 @@
+// What the CUDA kernels find in memory: plain structs, the same for the host and the device.
+//
+// Python (tl1kernels/backends/cuda_schedule.py) writes the rows and the items, `prepare` the records.
+
+#pragma once
+
+#include <stddef.h>
+
+#include "../kernels.h"
+
+namespace tl1::gpu {
+
+constexpr int THREADS = 256;      // of a block
+constexpr int WARP = 32;
+constexpr int TEAM_GROUPS = 64;   // of a panel, at most
+
+// A tensor: addresses, then its view (tl1kernels/views.py), then how its items cut it up.
+struct Row {
+  int64_t param, grad, state[MAX_STATES];
+  int64_t copy;             // 0, or a 16-bit tensor that takes the new values
+  int64_t counter, lr, lam;  // 0, or where on the device Adam's step, lr and lam are, float32
+  int64_t outer, groups, inner;
+  int64_t numel;
+  int64_t span;    // chunk: weights of one; team: columns of one, in weights
+  int64_t width;   // chunk: weights of a group, 0 for no groups
+  int64_t lanes;   // chunk: threads that add up a group; team: threads side by side, at least 2; powers of two
+  int64_t share_rows, share_columns;  // team: rows of a piece, and vectors in each of them
+  int64_t pieces, across;             // team: how many pieces, and how many of them side by side
+  int64_t partials, teams;  // where those of its teams begin in the workspaces
+};
+constexpr int ROW_COLUMNS = sizeof(Row) / sizeof(int64_t);
+
+// How the weights of an item lie in memory.
+enum class Shape {
+  chunk,  // neighbours: whole groups of neighbours, or no groups
+  panel,  // a team: whole groups side by side, in all rows of `outer`
+  run,    // a team: one group
+};
+// When its groups' norms are known.
+enum class Phase {
+  held,    // in one go: a cluster of blocks has the whole team in shared memory
+  first,   // after this, which leaves sums in memory
+  second,  // before this, which computes all again
+};
+
+struct Item {
+  int32_t tensor;
+  int32_t kind;  // 1 for vectors of 16 bytes, + 2 * Shape + 8 * Phase
+  int32_t team;  // chunk: its place
+  int32_t piece;
+};
+
+// A tensor's numbers in the arithmetic type, made by `prepare` before anything else runs.
+constexpr size_t RULE_BYTES = 128, PROX_BYTES = 192, RECORD_BYTES = 512;
+template <class A>
+struct Common {
+  A cut;              // |v| <= cut goes to 0
+  A unit, threshold;  // of a group's norm, in the unit, a power of two; < 0 for no groups
+  A offset;           // of a coupled penalty: what is taken off |v| before it is squared
+  bool clean;         // regularized: a dead weight is +0, never -0
+  int coupled;        // row of TL1_COUPLED; -1 for none
+  Coupling coupling;
+};
+
+// The arguments of both kernels.
+struct Work {
+  const Row* rows;
+  const double* scalars;     // a tensor's: Scalars, then the step, where `counter` is 0
+  unsigned char* records;
+  const float *grad_scale, *found_inf;
+  int32_t* sync;             // tickets; each team's arrivals; whether its factors are there
+  unsigned char *partials, *factors;
+  const Item *chunks, *held, *split;
+  int64_t n_chunks, n_held, n_split;
+  int64_t n_tensors, n_teams;
+  int64_t parts_at, outcomes_at, waiting_at;  // in a block's shared memory, in bytes
+  int rule, penalty, coupled;        // rows of TL1_RULES, TL1_PENALTIES, TL1_COUPLED; or -1
+  bool maximize, nesterov, decoupled;
+};
+
+}  // namespace tl1::gpu

@@ -1,0 +1,297 @@
+"""The CUDA backend: which blocks serve which view, its launches, the emulation, what nvcc made.
+
+The kernels run emulated on the host, or on a GPU. What they share with others is in
+test_gpu_backends.py and test_kernels.py.
+"""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tl1kernels as tk
+from tl1kernels.backends import cuda, native
+from tl1kernels.backends import cuda_schedule as schedule
+from tl1kernels.views import GroupView, view_of
+
+SHAPES = {schedule.CHUNK_SHAPE: "chunk", schedule.PANEL_SHAPE: "panel", schedule.RUN_SHAPE: "run"}
+PHASES = {schedule.HELD_PHASE: "", schedule.FIRST: " first", schedule.SECOND: " second"}
+
+
+def planned(views, aligned=True, vector=4, ranks=8, coupled=False):
+    aligned = [aligned] * len(views)
+    arithmetic = 8 if vector == 2 else 4
+    return schedule.plan(views, aligned, vector, arithmetic, ranks, coupled)
+
+
+def names(plan):
+    """Return what the kinds of work are called, and who does it."""
+    of = set()
+    for who in ("chunks", "held", "split"):
+        for kind in np.unique(getattr(plan, who)[:, 1]):
+            name = SHAPES[kind >> 1 & 3] + PHASES[kind >> 3] + ("" if kind & 1 else " by weight")
+            of.add(f"{name} {who}")
+    return of
+
+
+# shape, group_by, work with clusters, without
+TABLE = [
+    ((4096, 4096), None, {"chunk chunks"}, None),
+    ((4099,), None, {"chunk chunks", "chunk by weight chunks"}, None),
+    ((4096, 4096), 0, {"chunk chunks"}, None),
+    ((64, 147), 0, {"chunk by weight chunks"}, None),
+    ((512, 512, 3, 3), 0, {"chunk chunks"}, None),
+    ((20, 30, 3, 3), "filter_slice", {"chunk by weight chunks"}, None),
+    ((3, 8192), 0, {"chunk chunks"}, None),
+    ((3, 50_000), 0, {"run held"}, {"run first split", "run second split"}),
+    ((4096, 4096), 1, {"panel held"}, {"panel first split", "panel second split"}),
+    ((4096, 4097), 1, {"panel by weight held"}, None),
+    ((64, 256), 1, {"panel chunks"}, {"panel chunks"}),
+    ((256, 128, 3, 3), 1, {"panel held"}, {"panel first split", "panel second split"}),
+    ((256, 16, 10, 10), 1, {"run held"}, {"run first split", "run second split"}),
+    ((50_257, 768), 1, {"panel first split", "panel second split"}, None),
+    ((64, 64), "layer", {"chunk chunks"}, None),
+    ((300, 300), "layer", {"run held"}, {"run first split", "run second split"}),
+    ((4096, 4096), "layer", {"run first split", "run second split"}, None),
+]
+
+
+@pytest.mark.parametrize(("shape", "group_by", "clusters", "without"), TABLE)
+def test_every_range_of_views_takes_its_work(shape, group_by, clusters, without):
+    """The table at the top of cuda_schedule.py."""
+    view = view_of(torch.empty(shape, device="meta"), group_by)
+    assert names(planned([view])) == clusters
+    if without is not None:
+        assert names(planned([view], ranks=1)) == without
+    assert all("by weight" in name for name in names(planned([view], aligned=False)))
+
+
+@given(
+    st.tuples(*[st.integers(1, 3), st.integers(1, 9000), st.integers(1, 300), st.integers(1, 900)]),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([1, 2, 8]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_no_block_has_more_than_it_can_hold_and_pieces_have_all(
+    sizes, vector, ranks, at_16, coupled
+):
+    view = GroupView((), *sizes, grouped=True)
+    plan = planned([view], at_16, vector, ranks, coupled)
+    blocks, outer, groups, inner = sizes
+    (row,) = plan.layout.tolist()
+    assert row[:4] == [outer, groups, inner, math.prod(sizes)]
+    _, _, _, _, span, width, lanes, rows, columns, pieces, across, *_ = row
+    measure = 40 if vector == 2 else 24
+    bytes_shared = plan.parts * (measure if coupled else 8) + plan.outcomes * measure
+    bytes_shared += plan.waiting * (8 if vector == 2 else 4)
+    assert bytes_shared <= 180 << 10  # of 227 on Hopper
+    if len(plan.held) == 0:
+        assert bytes_shared <= 96 << 10  # of 99 on the smallest GPU
+    shapes = {kind >> 1 & 3 for kind in [*plan.chunks[:, 1], *plan.held[:, 1], *plan.split[:, 1]]}
+    assert len(shapes) == 1
+    assert lanes & (lanes - 1) == 0
+    assert 0 < lanes <= schedule.THREADS
+    items = len(plan.chunks) + len(plan.held) + len(plan.split)
+    if shapes == {schedule.CHUNK_SHAPE}:
+        assert span % width == 0
+        assert items == -(-math.prod(sizes) // span)
+        return
+    assert -(-pieces // across) * rows >= outer
+    assert across * columns >= span
+    teams = blocks * (groups if shapes == {schedule.RUN_SHAPE} else -(-groups * inner // span))
+    assert items == teams * (2 * pieces if len(plan.split) else 1)
+    assert lanes >= 2
+    if shapes == {schedule.PANEL_SHAPE}:
+        assert span % inner == 0
+        assert span <= min(lanes * vector, schedule.PANEL)
+
+
+def test_split_pieces_come_in_an_order_in_which_nobody_waits_for_ever():
+    """A team's second pass begins after all of its first; and not much later."""
+    shapes = [((5000, 700), 1), ((5, 300_000), 0), ((1300, 15, 3, 3), 1), ((640, 3), 1)]
+    views = [view_of(torch.empty(shape, device="meta"), group_by) for shape, group_by in shapes]
+    plan = planned(views, ranks=1)
+    last, begun = {}, {}
+    for at, (index, kind, of_tensor, _) in enumerate(plan.split.tolist()):
+        team = (index, of_tensor)
+        if kind >> 3 == schedule.FIRST:
+            last[team] = at
+            begun[team] = begun.get(team, 0) + 1
+        else:
+            assert kind >> 3 == schedule.SECOND
+            assert begun[team] == plan.layout[index, 9]
+            assert at - last[team] <= 2 * schedule.LAG + begun[team]
+    assert len(begun) == plan.n_teams > 0
+
+
+def test_indices_beyond_2_to_the_31():
+    """In the schedule; groups of as much are refused."""
+    for view in (
+        GroupView((), 1, 1, 2**33, 1, grouped=False),
+        GroupView((), 1, 1, 2**21, 2**12, grouped=True),
+        GroupView((), 1, 2**17, 2**16, 1, grouped=True),
+    ):
+        plan = planned([view])
+        for items in (plan.chunks, plan.held, plan.split):
+            assert items.dtype == np.int32
+            assert (items >= 0).all()
+        assert (plan.layout >= 0).all()
+
+
+# --- Emulated.
+
+emulated = pytest.mark.skipif(
+    not cuda.emulated() or cuda.unavailable() is not None,
+    reason=f"cuda, emulated: {cuda.unavailable() or 'TL1KERNELS_CUDA does not ask for it'}",
+)
+
+
+@emulated
+def test_a_model_of_one_dtype_is_one_op_of_two_launches(monkeypatch):
+    """`prepare`, and all tensors of a model: csrc/cuda/step.cpp has a launch for each."""
+    called = []
+    step = torch.ops.tl1kernels.cuda_step_
+    monkeypatch.setattr(
+        torch.ops.tl1kernels, "cuda_step_", lambda *args: called.append(1) or step(*args)
+    )
+    shapes = [(64, 3, 7, 7), (64,), (32, 64, 1, 1), (200, 136), (10,), (2, 9000)]
+    params = [torch.randn(shape).requires_grad_() for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    with tk.use_backend("cuda"):
+        tk.ProxAdamW(params, lr=0.1, lam=0.1).step()
+    assert called == [1]
+    source = Path(__file__).parents[1] / "csrc" / "cuda" / "step.cpp"
+    assert source.read_text().count("  launch_") == 2
+
+
+@emulated
+@pytest.mark.parametrize("view", [(50, 40, 3), (1, 30, 37), (1, 1, 3000), (7, 3, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_nothing_outside_the_tensor_is_written(monkeypatch, view, dtype, offset, ranks):
+    for name, value in {"ALONE": 0, "LONGEST": 16, "RANKS": ranks, "PIECE": 512}.items():
+        monkeypatch.setattr(schedule, name, value)
+    n = math.prod(view)
+    memory = torch.full((n + 64,), 7.0, dtype=dtype)
+    p = memory[offset : offset + n].view(view).requires_grad_()
+    with torch.no_grad():
+        p.fill_(1.0)
+    p.grad = torch.full_like(p, 3.0)
+    with tk.use_backend("cuda"):
+        tk.ProxSGD([p], lr=0.1, lam=0.1, group_by=1).step()
+    assert (p != 1.0).all()
+    assert (memory[:offset] == 7).all()
+    assert (memory[offset + n :] == 7).all()
+
+
+FAULT = """
+import os, torch, tl1kernels as tk
+os.environ["TL1KERNELS_CUDA"] = "emulated"
+from tl1kernels.backends import cuda_schedule as schedule
+plan = schedule.plan
+schedule.RANKS, schedule.ALONE, schedule.PIECE = 1, 0, 512
+def faulty(*args, **options):
+    made = plan(*args, **options)
+    {fault}
+    return made
+schedule.plan = faulty
+p = torch.ones({shape})[1:].requires_grad_()
+p.grad = torch.ones_like(p)
+with tk.use_backend("cuda"):
+    tk.ProxSGD([p], lr=0.1, lam=0.1, group_by={by}).step()
+print("went on")
+"""
+FAULTS = {
+    "an access to memory at an address": ("made.chunks[:, 1] |= 1", (4097,), None),
+    "threads wait for what the others never do": (
+        "made.split[:] = made.split[::-1].copy()",  # second passes before the first
+        (200, 64),
+        1,
+    ),
+}
+
+
+@emulated
+@pytest.mark.parametrize("message", FAULTS)
+def test_the_emulation_tells_what_a_gpu_would_do_in_silence(message):
+    fault, shape, by = FAULTS[message]
+    script = FAULT.format(fault=fault, shape=shape, by=by)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "went on" not in done.stdout
+    script = FAULT.format(fault="pass", shape=shape, by=by)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+
+
+# --- Without a GPU.
+
+
+def test_why_it_is_not_there(monkeypatch):
+    monkeypatch.delenv(cuda.ENVIRONMENT, raising=False)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot run here: no GPU that torch can use"):
+        tk.prox(torch.ones(3), 0.1, backend="cuda")
+    assert tk.info().backends["cuda"].startswith("no GPU")
+
+
+def test_the_library_for_gpus_loads_beside_any_torch_and_says_what_cuda_says():
+    """Nothing in it needs a GPU, or a torch with CUDA, before a kernel is launched."""
+    library = native.installed("libtl1kernels_cuda.so")
+    if library is None:
+        pytest.skip(f"not built: {native.installed(cuda.REPORT).read_text().strip()}")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = (
+        f"import torch; torch.ops.load_library({str(library)!r})\n"
+        "ops = torch.ops.tl1kernels\n"
+        "print(len(ops.cuda_penalty_names().split()))\n"
+        "ops.cuda_has_clusters('float32', 'float32', 'adam', 'tl1', 8, 256, 64, 4096, 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == str(len(tk.PENALTIES) - 1)
+    assert "CUDA, choosing the device: " in done.stderr
+
+
+def test_on_hopper_no_kernel_spills_and_hot_ones_are_within_the_budget():
+    """SGD, momentum and AdamW by l1 and TL1 are hot."""
+    pytest.importorskip("triton", reason="its cuobjdump")
+    from bench import cuda_sass
+
+    library = cuda_sass.installed()
+    if library is None:
+        pytest.skip(f"not built: {native.installed(cuda.REPORT).read_text().strip()}")
+    usage, codes = cuda_sass.usage_of(library), cuda_sass.code_of(library)
+    assert usage.keys() == codes.keys()
+    assert len(usage) == 4 * (4 * 5 + 2 * 4)  # penalties; rules for 4 dtypes, and for 2 masters
+    for name, code in codes.items():
+        assert (usage[name].stack, usage[name].local) == (0, 0), name
+        assert code.count("LDL") + code.count("STL") == 0, name
+        assert code.count("LDG.E.128") >= 1 + cuda_sass.STATES[name.rule], name
+        assert code.count("STG.E.128") >= 1, name
+    for param in ("float", "BFloat16", "Float16"):
+        for rule in ("sgd", "sgd_momentum", "adam"):
+            for penalty in ("l1", "tl1"):
+                name = cuda_sass.Name(param, param, rule, penalty)
+                ways = cuda_sass.passes(name, codes[name])
+                assert all(ways.values()), name
+                slots = {way: code.total() / name.vector for way, code in ways.items()}
+                budget = cuda_sass.SLOTS_PER_BYTE * name.bytes_per_weight
+                assert slots["finish"] <= budget, name
+                # Groups of 16-bit weights by SGD alone are a little beyond.
+                tight = 1.1 if rule == "sgd" and param != "float" else 1.0
+                assert slots["hold"] + slots["release"] <= tight * budget, name
+                special = {"adam": 2, "adam_amsgrad": 2}.get(rule, 0) + 2 * (penalty == "tl1")
+                found = sum(n for op, n in ways["finish"].items() if op.startswith("MUFU"))
+                assert found == special * name.vector, name

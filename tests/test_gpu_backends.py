@@ -1,0 +1,263 @@
+"""What every backend of kernels for GPUs promises, on each kind of tile and group.
+
+Triton's run on a GPU, or interpreted (TRITON_INTERPRET=1); CUDA's on a GPU, or emulated: as they
+choose, with all that can be in clusters, and with all that can be in two passes. What they share
+with the CPU's kernels is in test_kernels.py.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tl1kernels as tk
+from tests.common import assert_near, rounding, variants
+from tests.test_triton import VIEWS as TRITON_VIEWS
+from tl1kernels import backends
+from tl1kernels import plan as planning
+from tl1kernels.backends import cuda, cuda_schedule, triton_launch, triton_schedule
+from tl1kernels.batch import SGD, Adam, Entry, Numbers, host_numbers
+from tl1kernels.penalties import Terms
+from tl1kernels.plan import FLOAT_DTYPES as DTYPES
+from tl1kernels.views import view_of
+
+# name: shape, group_by
+VIEWS = {
+    **{name: (shape, group_by) for name, (shape, group_by, _) in TRITON_VIEWS.items()},
+    "a column": ((300, 1), 1),
+    "blocks of columns": ((4, 50, 12), 2),
+    "long runs side by side": ((40, 3, 260), 1),
+    "long odd runs side by side": ((40, 3, 131), 1),
+}
+GROUPED = [name for name, (_, group_by) in VIEWS.items() if group_by is not None]
+
+# What a schedule is made with, for small tensors to be held by clusters, or split.
+SMALL = {"TILE": 256, "LONGEST": 64, "ALONE": 0}
+CUDA = {
+    "cuda": {},
+    "cuda in clusters of 8": SMALL,
+    "cuda in clusters of 2": {**SMALL, "RANKS": 2},
+    "cuda in two passes": {**SMALL, "RANKS": 1, "PIECE": 512, "LAG": 4},
+}
+
+
+@pytest.fixture(params=["triton", *CUDA])
+def gpu(request, monkeypatch):
+    """Run a test on a backend; it gets the name, and the device of its tensors."""
+    name = request.param.split()[0]
+    if reason := backends.BACKENDS[name].unavailable():
+        pytest.skip(f"backend {name}: {reason}")
+    on_cpu = triton_launch.interpreting() if name == "triton" else cuda.emulated()
+    for constant, value in CUDA.get(request.param, {}).items():
+        monkeypatch.setattr(cuda_schedule, constant, value)
+    with tk.use_backend(name):
+        yield SimpleNamespace(name=name, device="cpu" if on_cpu else "cuda")
+
+
+def at_offset(tensor, offset, device):
+    """Return a copy of a tensor that begins `offset` elements into its storage."""
+    storage = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
+    return storage[offset:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tile_agrees_with_the_reference(gpu, name, dtype, offset):
+    shape, group_by = VIEWS[name]
+    v = at_offset(torch.randn(shape).to(dtype), offset, gpu.device)
+    view = view_of(v, group_by)
+    norm = math.sqrt(view.group_size)
+    for penalty in (None, "tl1"):
+        options = {"lam": 0.5 + norm / 2, "mu": 0.5 / (0.5 + norm / 2)}  # weights 1/2 and norm/2
+        options |= {"penalty": penalty, "group_by": group_by, "a": 0.8}
+        got, want = (tk.prox(v, 0.6, **options, backend=b) for b in (gpu.name, "reference"))
+        assert (got != 0).any()
+        # a = 0.8 is near the double root
+        ulps = {torch.float32: 24, torch.float64: 64}.get(dtype, 1 + rounding(gpu.name, dtype))
+        assert_near(got.cpu(), want.cpu(), ulps, v.cpu())
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("penalty", "tau"), [("cges", None), ("l1_minus_l2", 1.0), ("l1_minus_l2", 10.0)]
+)
+def test_every_tile_of_a_penalty_of_whole_groups(gpu, name, dtype, penalty, tau):
+    """With tau = 10 one weight of each group is left, wherever it is."""
+    shape, group_by = VIEWS[name]
+    v = torch.randn(shape).to(gpu.device, dtype)
+    view = view_of(v, group_by)
+    tau = tau or 0.6 / view.group_size
+    lasso = 0.3 * math.sqrt(view.group_size) if tau < 10 else 0.0
+    options = {"lam": tau + lasso, "mu": tau / (tau + lasso)}
+    options |= {"penalty": penalty, "group_by": group_by}
+    got, want = (tk.prox(v, 1.0, **options, backend=b) for b in (gpu.name, "reference"))
+    assert (got != 0).any()
+    if tau == 10:
+        assert (got != 0).sum() == view.n_groups
+    magnified = 1.0
+    if penalty == "l1_minus_l2":  # a short soft-thresholded group is scaled up
+        z = view.split((v.double().abs() - tau).clamp(min=0))
+        norms = torch.linalg.vector_norm(z, dim=(1, 3), keepdim=True).expand_as(z)
+        magnified = 1 + tau / view.join(norms, v.shape).clamp(min=1e-9)
+    ulps = {torch.float32: 8, torch.float64: 64}.get(dtype, 1 + rounding(gpu.name, dtype))
+    assert_near(got, want, ulps, v.abs().clamp(min=1) * magnified)
+
+
+@pytest.mark.parametrize("name", ["rows of 100", "columns", "runs of 65", "few rows of columns"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@variants
+def test_every_rule_on_every_kind_of_tile(gpu, ours, torchs, options, dtype, name):
+    """Two steps: 16 bits compute a tile of two passes twice, and state must not see that."""
+    shape, group_by = VIEWS[name]
+    start = torch.randn(shape).to(gpu.device, dtype)
+    gradients = [torch.randn(shape).to(gpu.device, dtype) for _ in range(2)]
+    results = []
+    for backend in (gpu.name, "reference"):
+        p = start.clone().requires_grad_()
+        optimizer = ours([p], lr=0.05, lam=0.5, a=0.7, group_by=group_by, **options)
+        with tk.use_backend(backend):
+            for gradient in gradients:
+                p.grad = gradient
+                optimizer.step()
+        results.append((p.detach().cpu(), [x.cpu() for x in optimizer.state[p].values()]))
+    (got, state), (want, right) = results
+    size = start.cpu().double().abs().clamp(min=1)
+    ulps = {torch.float32: 32, torch.float64: 64}.get(dtype, 4 * rounding(gpu.name, dtype) + 2)
+    assert_near(got, want, ulps, size)
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    if dtype in (torch.bfloat16, torch.float16):
+        near = {"rtol": 2e-2, "atol": 1e-2}  # weight decay goes by the rounded weight
+    for mine, theirs in zip(state, right, strict=True):
+        torch.testing.assert_close(mine, theirs, **near)
+
+
+def test_thousands_of_tiny_tensors_and_empty_ones(gpu):
+    shapes = [(1,), (2, 3), (0, 4), (3, 3, 3), (5, 1), (7,)]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shapes[i % 6], generator=generator).to(gpu.device) for i in range(2000)]
+    results = []
+    for backend in (gpu.name, "reference"):
+        params = [p.clone().requires_grad_() for p in start]
+        for i, p in enumerate(params):
+            p.grad = torch.full_like(p, 0.1 * (i % 7 - 3))
+        optimizer = tk.ProxSGD(params, lr=0.1, lam=0.4, min_ndim=1)
+        with tk.use_backend(backend):
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in params]).cpu())
+    assert_near(*results, 8, results[1].abs().clamp(min=1))
+    assert (results[0] == 0).any()
+
+
+def numbers(gpu, value, dtype=torch.float32):
+    return torch.tensor(value, dtype=dtype, device=gpu.device)
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_numbers_on_the_device_are_read_by_each_step(gpu, adam):
+    """lr, lam and Adam's counter in place, without a new table."""
+    lr, lam, step = numbers(gpu, 0.1), numbers(gpu, 0.2), numbers(gpu, 0.0)
+    rule = Adam(capturable=True) if adam else SGD()
+    start = torch.randn(9, 7)
+    results = []
+    for backend in (gpu.name, "reference"):
+        lr.fill_(0.1), lam.fill_(0.2), step.fill_(0.0)
+        p = start.to(gpu.device, copy=True)
+        scalars = {"lr": lr, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+        state = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": step}
+        view, terms = view_of(p, "in"), Terms(0.5, 0.5, 1.0, lam)
+        entry = Entry(p, view, Numbers(scalars, terms), state if adam else {})
+        prepared = planning.prepare([(rule, "tl1", entry, torch.ones_like(p))], backend)
+        for i in range(3):
+            lr.fill_(0.1 / (i + 1)), lam.fill_(0.2 * (i + 1))
+            planning.execute(prepared)
+        if backend == gpu.name:
+            assert prepared[0][1].numbers["scalars"][0, 0] == 0
+        assert step.item() == (3 if adam else 0)
+        results.append(p.cpu())
+    assert_near(*results, 16, start.abs().clamp(min=1))
+    assert host_numbers(entry)[0]["lr"] == pytest.approx(0.1 / 3)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_grad_scale_and_found_inf_on_the_device(gpu, capturable):
+    results = []
+    for backend in (gpu.name, "reference"):
+        p = torch.linspace(-1, 1, 12, device=gpu.device).reshape(3, 4)
+        start, step = p.clone(), numbers(gpu, 0.0) if capturable else torch.tensor(0.0)
+        state = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": step}
+        scalars = {"lr": 0.1, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+        terms = Terms(0.5, 0.5, 1.0)
+        entry = Entry(p, view_of(p, "in"), Numbers(scalars, terms), state)
+        with tk.use_backend(backend):
+            rule = Adam(capturable=capturable)
+            work = planning.Plan([(rule, "tl1", entry, 8 * torch.ones_like(p))])
+            work.execute(numbers(gpu, 8.0), numbers(gpu, 1.0))
+            assert torch.equal(p, start)
+            assert all(not tensor.any() for tensor in state.values())
+            assert work.renew([p], [8 * torch.ones_like(p)])
+            work.execute(numbers(gpu, 8.0), numbers(gpu, 0.0))
+        assert step == 1
+        assert torch.allclose(state["exp_avg"], numbers(gpu, 0.1))
+        results.append(p.cpu())
+    assert_near(*results, 8, torch.ones(3, 4))
+
+
+def test_capturable_keeps_the_counter_with_the_parameter_and_checkpoints_go_on(gpu):
+    p = torch.ones(3, 4, device=gpu.device, requires_grad=True)
+    optimizer = tk.ProxAdamW([p], lr=0.1, lam=0.1, capturable=True)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert optimizer.state[p]["step"].item() == 3
+    assert optimizer.state[p]["step"].device == p.device
+    other = tk.ProxAdamW([p], lr=0.1, capturable=True)
+    other.load_state_dict(optimizer.state_dict())
+    p.grad = torch.ones_like(p)
+    other.step()
+    assert other.state[p]["step"].item() == 4
+
+
+def test_a_wide_counter_from_a_checkpoint_is_what_the_kernels_read(gpu):
+    p = torch.ones(3, 4, device=gpu.device, requires_grad=True)
+    optimizer = tk.ProxAdam([p], lr=0.1, capturable=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    checkpoint = optimizer.state_dict()
+    checkpoint["state"][0]["step"] = torch.tensor(5.0, dtype=torch.float64)
+    optimizer.load_state_dict(checkpoint)
+    optimizer.step()
+    assert optimizer.state[p]["step"].item() == 6
+    assert optimizer.state[p]["step"].dtype == torch.float32
+
+
+def test_a_change_of_numbers_keeps_the_tiles(gpu, monkeypatch):
+    planned = []
+    schedule = {"triton": triton_schedule, "cuda": cuda_schedule}[gpu.name]
+    plan = schedule.plan
+    monkeypatch.setattr(
+        schedule, "plan", lambda *a, **options: planned.append(1) or plan(*a, **options)
+    )
+    p = torch.ones(30, 40, device=gpu.device, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for _ in range(4):
+        p.grad = torch.ones_like(p)  # its address may change; whether it is aligned does not
+        optimizer.step()
+        scheduler.step()
+        optimizer.param_groups[0]["lam"] *= 2
+    assert len(planned) in (1, 2)  # a second one where there are no clusters
+
+
+def test_what_the_backend_rejects(gpu):
+    p = torch.ones(2, 2, device=gpu.device, requires_grad=True)
+    numbers_ = Numbers({"lr": 0.1, "weight_decay": 0.0}, Terms(0, 0, 1))
+    half = Entry(p, view_of(p, None), numbers_)
+    with pytest.raises(RuntimeError, match=r"gradient of torch\.float16"):
+        planning.prepare([(SGD(), "tl1", half, p.half())], gpu.name)
+    lr = {"lr": numbers(gpu, 0.1, torch.float64), "weight_decay": 0.0}
+    wide = Entry(p, view_of(p, None), Numbers(lr, Terms(0, 0, 1)))
+    with pytest.raises(RuntimeError, match=r"a number of torch\.float64 on the device"):
+        planning.prepare([(SGD(), "tl1", wide, p)], gpu.name)

@@ -1,0 +1,155 @@
+"""The backend "cuda": the kernels of csrc/cuda, and why they are not there where they are not.
+
+A batch is two launches: each tensor's numbers (csrc/cuda/prepare.h), then all its weights
+(csrc/cuda/tiles.h). TL1KERNELS_CUDA=emulated runs the same kernels on CPU tensors, slowly, where
+the library for that was built: for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl1kernels.backends import cuda_schedule as schedule
+from tl1kernels.backends import gpu, native
+from tl1kernels.backends.gpu import Step
+from tl1kernels.batch import Batch, state_dtype
+
+ENVIRONMENT = "TL1KERNELS_CUDA"
+REPORT = "cuda_build.txt"
+
+
+def emulated() -> bool:
+    """Return whether the kernels run on the host, on CPU tensors."""
+    return os.environ.get(ENVIRONMENT) == "emulated"
+
+
+def unavailable() -> str | None:
+    """Return why the kernels cannot be used here; None if they can."""
+    if not emulated() and not torch.cuda.is_available():
+        return f"no GPU that torch can use, and {ENVIRONMENT} is not emulated"
+    if not emulated() and torch.version.cuda is None:
+        return "torch's GPU is not one of CUDA's"
+    try:
+        load()
+    except OSError as error:
+        return f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+    return None
+
+
+@cache
+def load() -> Path:
+    """Load the library once and return its path; its ops are then in torch.ops.tl1kernels.
+
+    Raises:
+        FileNotFoundError: it was not built; the message says why.
+        OSError: it was built but does not load beside this torch.
+    """
+    return native.load_library(f"libtl1kernels_cuda{'_emulated' if emulated() else ''}.so", REPORT)
+
+
+@cache
+def penalties() -> frozenset[str]:
+    """Return the names of the penalties that the library has."""
+    load()
+    return frozenset(torch.ops.tl1kernels.cuda_penalty_names().split())
+
+
+@cache
+def _scalar_names() -> tuple[str, ...]:
+    load()
+    return tuple(torch.ops.tl1kernels.cuda_scalar_names().split())
+
+
+def rejects(batch: Batch) -> str | None:
+    """Return why the kernels cannot run this batch; None if they can."""
+    if batch.device.type != ("cpu" if emulated() else "cuda"):
+        return f"it has no kernels for {batch.device.type}"
+    if batch.penalty is not None and batch.penalty not in penalties():
+        return f"it has no penalty {batch.penalty!r}"
+    if batch.stochastic:
+        return "stochastic rounding"
+    for entry in batch.entries:
+        view = entry.view
+        if view.grouped and max(view.outer, view.inner, view.n_groups) > 2**30:
+            return "more than 2^30 groups, or rows or weights of one"
+    return gpu.rejects(batch)
+
+
+def run(batch: Batch) -> None:
+    """Take one step on every entry, in place."""
+    gpu.run(batch, step, _scalar_names())
+
+
+def step(of: Step) -> None:
+    """Launch the kernels on the current device. The scalars' columns are `cuda_scalar_names`."""
+    load()
+    kept = gpu.renew(of, partial(_plan, of), _scalar_names().index("step"))
+    plan: schedule.Schedule = kept["plan"]
+    device = of.device
+    on_gpu = device.type == "cuda"
+    torch.ops.tl1kernels.cuda_step_(
+        kept["table"],
+        kept["scalars"],
+        kept["records"],
+        kept["sync"],
+        kept["partials"],
+        kept["factors"],
+        kept["chunks"],
+        kept["held"],
+        kept["split"],
+        kept["one"] if of.grad_scale is None else of.grad_scale,
+        kept["zero"] if of.found_inf is None else of.found_inf,
+        *_names(of),
+        of.maximize,
+        of.nesterov,
+        of.decoupled,
+        kept["ranks"],
+        plan.parts,
+        plan.outcomes,
+        plan.waiting,
+        torch.cuda.current_device() if on_gpu else 0,
+        torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
+    )
+
+
+def _names(of: Step) -> tuple[str, str, str, str | None]:
+    """Return what chooses the kernel: both dtypes, the rule, the penalty."""
+    dtype, grad_dtype = (str(t.dtype).removeprefix("torch.") for t in (of.params[0], of.grads[0]))
+    return dtype, grad_dtype, of.rule, of.penalty
+
+
+def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
+    """Make the lists of work and the workspace; return the table's columns from ADDRESSES on."""
+    ops, device, dtype = torch.ops.tl1kernels, of.device, of.params[0].dtype
+    arithmetic = state_dtype(dtype)
+    coupled = of.penalty is not None and of.penalty in ops.cuda_coupled_names().split()
+    make = partial(
+        schedule.plan, of.views, aligned, 16 // dtype.itemsize, arithmetic.itemsize, coupled=coupled
+    )
+    ranks = schedule.RANKS
+    plan = make(ranks)
+    if len(plan.held):
+        index = torch.cuda.current_device() if device.type == "cuda" else 0
+        shared = plan.parts, plan.outcomes, plan.waiting
+        if not ops.cuda_has_clusters(*_names(of), ranks, *shared, index):
+            ranks = 1
+            plan = make(ranks)
+    else:
+        ranks = 1
+    kept["plan"], kept["ranks"] = plan, ranks
+    for name in ("chunks", "held", "split"):
+        kept[name] = gpu.to_device(device, torch.from_numpy(getattr(plan, name)))
+    record, measure, outcome = ops.cuda_sizes(arithmetic == torch.float64, coupled)
+    for name, size in (
+        ("records", len(of.params) * record),
+        ("partials", plan.n_partials * schedule.PANEL * measure),
+        ("factors", plan.n_teams * schedule.PANEL * outcome),
+    ):
+        kept[name] = torch.empty(size, dtype=torch.uint8, device=device)
+    kept["sync"] = torch.empty(1 + 2 * plan.n_teams, dtype=torch.int32, device=device)
+    return plan.layout

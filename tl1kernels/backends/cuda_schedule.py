@@ -1,0 +1,276 @@
+"""Which blocks of `csrc/cuda` serve which view, and in what order. No GPU.
+
+A tensor's view is (blocks, outer, groups, inner), see `views`. By it
+
+| groups                                         | shape | who has a group's weights           |
+|------------------------------------------------|-------|-------------------------------------|
+| none                                           | chunk | a block has TILE or more neighbours |
+| rows (outer = 1) of at most LONGEST            | chunk | a block, many groups or one         |
+| outer > 1, runs of at most PANEL               | panel | a team, several groups side by side |
+| all others: long rows, long runs, whole layers | run   | a team, one group                   |
+
+A team is one block, where ALONE weights suffice; else a cluster of blocks, where HELD bytes in each
+do: either way all waits in shared memory for the groups' norms, and each weight is read once and
+written once. What is larger than that, or on a GPU without clusters, is split: a first pass leaves
+the sums in memory, a second one reads all again, from the L2 cache if it can. Few pieces begin
+between a group's passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl1kernels.views import GroupView
+
+THREADS = 256  # of a block
+RANKS = 8  # blocks of a cluster, on a GPU that has them
+TILE = 4096  # weights of a chunk; four times that without groups, in a batch of
+MANY = 2048 * 4 * TILE  # weights or more
+LONGEST = 8192  # weights of a group in a chunk
+COUPLED_PARTS = 1024  # measures of a penalty of whole groups in a chunk
+ALONE = 8192  # weights that one block holds of a team
+PANEL = 64  # weights side by side
+HELD = 64 << 10  # bytes that a block of a cluster holds
+PIECE = 8192  # weights that a block takes of a split team
+LAG = 512
+"""Pieces begun between a group's two passes: enough that the first is over and nobody waits."""
+
+CHUNK_SHAPE, PANEL_SHAPE, RUN_SHAPE = 0, 1, 2
+HELD_PHASE, FIRST, SECOND = 0, 1, 2
+LAYOUT = 13
+"""Columns of the layout: csrc/cuda/work.h's Row from `outer` on."""
+
+Items = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The work of a batch.
+
+    Attributes:
+        layout: int64, [tensors, LAYOUT].
+        chunks: int32, [items, 4]: tensor, kind, team, piece; by one block each.
+        held: the same, by a cluster each.
+        split: the same, in the order in which they must begin.
+        n_partials: pieces of split teams.
+        n_teams: split teams.
+        parts, outcomes, waiting: entries that a block needs in shared memory.
+    """
+
+    layout: NDArray[np.int64]
+    chunks: Items
+    held: Items
+    split: Items
+    n_partials: int
+    n_teams: int
+    parts: int
+    outcomes: int
+    waiting: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the pieces of a team divide its rectangle of rows x columns.
+
+    Attributes:
+        lanes: threads side by side, a power of two.
+        rows, columns: of a piece, in weights.
+        pieces: of a team.
+        across: pieces side by side.
+        waiting: weights for which a block needs room.
+    """
+
+    lanes: int
+    rows: int
+    columns: int
+    pieces: int
+    across: int
+    waiting: int
+
+
+def share(outer: int, columns: int, vector: int, pieces: int, panel: bool) -> Share:
+    """Return the shares of `pieces` blocks in `outer` rows of `columns` weights.
+
+    A panel is never divided into columns: a thread keeps a sum for each of its own.
+    """
+    across = 1 if panel else max(1, pieces // max(outer, 1))
+    rows = _ceil_div(outer, max(pieces // across, 1))
+    wide = min(_ceil_div(_ceil_div(columns, across), vector) * vector, max(columns, 1))
+    # At least 2, even where 1 would do: what the kernels know vectors from single weights by.
+    lanes = max(2, min(1 << (_ceil_div(wide, vector) - 1).bit_length(), THREADS))
+    turns = _ceil_div(rows, THREADS // lanes) * _ceil_div(wide, lanes * vector)
+    return Share(lanes, rows, wide, pieces, across, turns * THREADS * vector)
+
+
+def plan(
+    views: Sequence[GroupView],
+    aligned: Sequence[bool],
+    vector: int,
+    arithmetic: int,
+    ranks: int,
+    coupled: bool,
+) -> Schedule:
+    """Return the work for tensors with these views.
+
+    Args:
+        views: of each tensor.
+        aligned: whether each tensor's addresses, gradient and state included, are multiples of
+            16 bytes.
+        vector: elements of the parameters' dtype in 16 bytes.
+        arithmetic: bytes of a value in the arithmetic's dtype.
+        ranks: blocks of a cluster; 1 where there are none.
+        coupled: whether the penalty is one of whole groups, of which more is measured.
+    """
+    layout = np.zeros((len(views), LAYOUT), np.int64)
+    chunks: list[Items] = [_NONE]
+    held: list[Items] = [_NONE]
+    split: list[tuple[Items, Items]] = []
+    n_partials = n_teams = 0
+    parts, outcomes, waiting = THREADS, PANEL, 0
+    most = HELD // arithmetic
+    flat = 4 * TILE if sum(v.n_groups * v.group_size for v in views) >= MANY else TILE
+    for index, (view, at_16) in enumerate(zip(views, aligned, strict=True)):
+        blocks, outer, groups, inner = view.blocks, view.outer, view.groups, view.inner
+        size = view.group_size
+        numel = view.n_groups * size
+        if numel == 0:
+            continue
+        row = layout[index]
+        row[:4] = outer, groups, inner, numel
+        if not view.grouped:
+            row[4] = flat
+            chunks.append(_flat(index, numel, flat, at_16, vector))
+            continue
+        if outer == 1:
+            wide = at_16 and size % vector == 0
+            # Where a vector has weights of two groups, each weight is measured by itself.
+            unit = vector if wide else 1
+            most_here = COUPLED_PARTS * unit if coupled else LONGEST
+            if size <= min(LONGEST, most_here):
+                span = max(min(TILE, most_here) // size, 1) * size
+                in_chunk = min(span, numel)
+                lanes = min(_floor_power(THREADS * size // in_chunk), 32)
+                row[4:7] = span, size, min(lanes, _floor_power(max(size // unit, 1)))
+                chunks.append(
+                    _items(index, _kind(CHUNK_SHAPE, HELD_PHASE, wide), _ceil_div(numel, span))
+                )
+                parts = max(parts, in_chunk // unit)
+                outcomes = max(outcomes, in_chunk // size)
+                turns = _ceil_div(in_chunk, THREADS * vector)
+                waiting = max(waiting, turns * THREADS * vector)
+                continue
+        panel = inner <= PANEL
+        shape = PANEL_SHAPE if panel else RUN_SHAPE
+        length = groups * inner
+        wide = at_16 and (length if panel else inner) % vector == 0
+        for columns, pieces in ((PANEL, 1), *((c, ranks) for c in (64, 32, 16) if ranks > 1)):
+            span = _panel_span(columns, length, inner, vector, wide) if panel else inner
+            of = share(outer, span, vector, pieces, panel)
+            if of.waiting <= (ALONE if pieces == 1 else most):
+                break
+        else:
+            span = _panel_span(PANEL, length, inner, vector, wide) if panel else inner
+            of = _split(outer, span, vector, panel)
+        if panel:
+            wide = wide and span % vector == 0
+            parts = max(parts, THREADS * vector)
+        teams = blocks * (_ceil_div(length, span) if panel else groups)
+        row[4] = span
+        row[6:11] = of.lanes, of.rows, of.columns, of.pieces, of.across
+        if of.waiting:
+            waiting = max(waiting, of.waiting)
+            items = _items(index, _kind(shape, HELD_PHASE, wide), teams)
+            (chunks if of.pieces == 1 else held).append(items)
+        else:
+            row[11:] = n_partials, n_teams
+            n_partials += teams * of.pieces
+            n_teams += teams
+            first, second = (
+                _items(index, _kind(shape, phase, wide), teams, of.pieces)
+                for phase in (FIRST, SECOND)
+            )
+            split.append((first, second))
+    return Schedule(
+        layout,
+        np.concatenate(chunks),
+        np.concatenate(held),
+        _in_turn(split),
+        n_partials,
+        n_teams,
+        parts,
+        outcomes,
+        waiting,
+    )
+
+
+def _split(outer: int, span: int, vector: int, panel: bool) -> Share:
+    """Return shares of about PIECE weights, of which none wait."""
+    if panel or span <= PIECE:
+        rows = _ceil_div(PIECE, span)
+        of = share(min(rows, outer), span, vector, 1, panel)
+        return Share(of.lanes, rows, span, _ceil_div(outer, rows), 1, 0)
+    across = _ceil_div(span, PIECE)
+    return Share(THREADS, 1, PIECE, outer * across, across, 0)
+
+
+def _panel_span(columns: int, length: int, inner: int, vector: int, wide: bool) -> int:
+    """Return the width of a panel: whole groups, and whole vectors if it can be."""
+    if length <= columns:
+        return length
+    groups = max(columns // inner, 1)
+    even = vector // gcd(vector, inner)
+    if wide and groups >= even:
+        groups = groups // even * even
+    return groups * inner
+
+
+def _flat(index: int, numel: int, span: int, aligned: bool, vector: int) -> Items:
+    """Return the chunks of weights without groups; the last may have to do without vectors."""
+    n = _ceil_div(numel, span)
+    items = _items(index, _kind(CHUNK_SHAPE, HELD_PHASE, aligned), n)
+    if numel % vector:
+        items[-1, 1] = _kind(CHUNK_SHAPE, HELD_PHASE, False)
+    return items
+
+
+def _in_turn(split: list[tuple[Items, Items]]) -> Items:
+    """Return both passes' pieces in one order: a team's second LAG pieces after its first."""
+    keys = [np.empty(0)]
+    items = [_NONE]
+    begun = 0
+    for first, second in split:
+        pieces = 1 + second[-1, 3]
+        keys.append(np.arange(begun, begun + len(first), dtype=np.float64))
+        keys.append(begun + (second[:, 2] + 1.0) * pieces - 0.5 + LAG)
+        items += [first, second]
+        begun += len(first)
+    return np.concatenate(items)[np.argsort(np.concatenate(keys), kind="stable")]
+
+
+_NONE: Items = np.empty((0, 4), np.int32)
+
+
+def _kind(shape: int, phase: int, vectors: bool) -> int:
+    return vectors + 2 * shape + 8 * phase
+
+
+def _items(index: int, kind: int, teams: int, pieces: int = 1) -> Items:
+    items = np.empty((teams * pieces, 4), np.int32)
+    items[:, 0] = index
+    items[:, 1] = kind
+    items[:, 2] = np.repeat(np.arange(teams), pieces)
+    items[:, 3] = np.tile(np.arange(pieces), teams)
+    return items
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _floor_power(n: int) -> int:
+    return 1 << (max(n, 1).bit_length() - 1)

@@ -1,0 +1,247 @@
+"""What the backends for GPUs share: from a batch to a table of addresses, and CUDA graphs.
+
+Whatever a launch reads, addresses, numbers and lists of work, stays on the device until one of them
+changes. Nothing here waits for the device, but for Adam's counter where that lies on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tl1kernels.batch import Batch, Entry, gradients, rule_name, scalar_table
+from tl1kernels.views import GroupView
+
+STATES = 3
+ADDRESSES = 9
+"""Columns of a table: param, grad, STATES states, copy, Adam's step, lr, lam. The last three are
+where they lie on the device, else 0. A backend's layout follows."""
+
+
+@dataclass
+class Step:
+    """What a backend for GPUs launches its kernels for.
+
+    Attributes:
+        params: dense tensors of one dtype, on one device; updated in place.
+        grads: for each, a gradient of the same strides; of the copy's dtype if there is one.
+        state: the rule's states of the first parameter, then those of the second, ...; of the
+            arithmetic's dtype (`state_dtype`) and the parameter's strides; updated in place.
+        counters: Adam's step counters where they lie on the CPU: the number of this step, 0-d.
+        numbers: for each parameter Adam's step counter, which is then counted up, lr and lam, where
+            they lie on the device: 0-d float32. Else None.
+        views: the groups of each parameter.
+        scalars: float64 [tensors, the backend's scalars] on the CPU.
+        rule: a name of `rule_name`.
+        penalty: a penalty's name; None for groups alone.
+        maximize: whether the gradient's sign is turned.
+        nesterov: SGD's variant of momentum.
+        decoupled: AdamW's weight decay.
+        grad_scale: what gradients are divided by, 0-d float32 on the device; None for 1.
+        found_inf: 0-d float32 on the device: unless 0, nothing changes; None for 0.
+        seed: of stochastic rounding, for bfloat16; None to round to nearest.
+        copies: none, or for each parameter, then float32, a 16-bit tensor with its strides that
+            takes its new values.
+        kept: what to find again next time; of these params and views only.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    state: Sequence[Tensor]
+    counters: Sequence[Tensor]
+    numbers: Sequence[Sequence[Tensor | None]]
+    views: Sequence[GroupView]
+    scalars: Tensor
+    rule: str
+    penalty: str | None
+    maximize: bool = False
+    nesterov: bool = False
+    decoupled: bool = False
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    seed: int | None = None
+    copies: Sequence[Tensor] = ()
+    kept: dict[str, Any] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The tensors' device."""
+        return self.params[0].device
+
+
+def rejects(batch: Batch) -> str | None:
+    """Return what no kernel for GPUs can do with this batch; None if there is nothing."""
+    for entry, grad in zip(batch.entries, batch.grads, strict=True):
+        if entry.param.is_neg():
+            return "a parameter with its negative bit set"
+        if grad.dtype != batch.grad_dtype:
+            return f"a gradient of {grad.dtype} for a parameter of {batch.grad_dtype}"
+        for number in _on_device(batch, entry):
+            if number is not None and number.dtype != torch.float32:
+                return f"a number of {number.dtype} on the device"
+            if number is not None and number.device != batch.device:
+                return f"a number on {number.device} for a parameter on {batch.device}"
+    return None
+
+
+def _on_device(batch: Batch, entry: Entry) -> list[Tensor | None]:
+    """Return what the kernels read on the device: Adam's `step`, lr, lam; None where they don't."""
+    counter = entry.state.get("step") if batch.rule.capturable else None
+    lr = entry.scalars["lr"]
+    return [counter, lr if isinstance(lr, Tensor) else None, entry.terms.scale]
+
+
+def run(batch: Batch, launch: Callable[[Step], None], scalar_names: Sequence[str]) -> None:
+    """Take one step on every entry, in place, by a backend's `launch`."""
+    with torch.cuda.device_of(batch.entries[0].param):
+        _run(batch, launch, scalar_names)
+
+
+def _run(batch: Batch, launch: Callable[[Step], None], scalar_names: Sequence[str]) -> None:
+    if not batch.tables:
+        batch.tables.update(_tables(batch))
+    if not batch.numbers:
+        batch.numbers["on_device"] = [_on_device(batch, entry) for entry in batch.entries]
+        batch.numbers["scalars"] = scalar_table(batch, scalar_names)
+    tables, rule = batch.tables, batch.rule
+    grads = gradients(batch)
+    counters = tables["counters"]
+    if batch.stochastic and capturing(batch.device):
+        raise RuntimeError("a CUDA graph would round each replay alike: rounding='nearest' there")
+    if counters and not rule.capturable:
+        if capturing(batch.device):
+            raise RuntimeError(_UNPREPARED)
+        if batch.found_inf is not None and batch.found_inf.item():
+            return
+        torch._foreach_add_(counters, 1)
+    launch(
+        Step(
+            tables["params"],
+            grads,
+            tables["state"],
+            [] if rule.capturable else counters,
+            batch.numbers["on_device"],
+            tables["views"],
+            batch.numbers["scalars"],
+            rule_name(rule),
+            batch.penalty,
+            maximize=getattr(rule, "maximize", False),
+            nesterov=getattr(rule, "nesterov", False),
+            decoupled=getattr(rule, "decoupled", False),
+            grad_scale=batch.grad_scale,
+            found_inf=batch.found_inf,
+            seed=batch.seed,
+            copies=tables["copies"],
+            kept=batch.layouts,
+        )
+    )
+    torch.autograd.graph.increment_version(tables["written"])
+
+
+def _tables(batch: Batch) -> dict[str, Any]:
+    entries, rule = batch.entries, batch.rule
+    params = [entry.param for entry in entries]
+    state = [entry.state[name] for entry in entries for name in rule.state]
+    counters = [entry.state[name] for entry in entries for name in rule.counters]
+    copies = [entry.copy for entry in entries if entry.copy is not None]
+    return {
+        "params": params,
+        "copies": copies,
+        "state": state,
+        "counters": counters,
+        "written": [*params, *state, *counters, *copies],
+        "views": [entry.view for entry in entries],
+    }
+
+
+Plan = Callable[[list[bool], dict[str, Any]], NDArray[np.int64]]
+"""Takes whether each tensor's addresses are multiples of 16 bytes, puts into `kept` what else the
+launch needs on the device, and returns the table's columns from ADDRESSES on."""
+
+
+def renew(step: Step, plan: Plan, step_column: int) -> dict[str, Any]:
+    """Bring `table` and `scalars` on the device up to date; return what is kept.
+
+    Args:
+        step: what is to be launched.
+        plan: the backend's, called where there is none for such addresses.
+        step_column: the column of `scalars` that takes `counters`.
+    """
+    kept: dict[str, Any] = {} if step.kept is None else step.kept
+    device = step.device
+    _renew_table(step, plan, kept)
+    scalars = step.scalars
+    if step.counters:
+        scalars = scalars.clone()
+        scalars[:, step_column] = torch.stack([*step.counters]).to(scalars)
+    if kept.get("scalars_of") is not scalars:
+        kept["scalars"], kept["scalars_of"] = to_device(device, scalars), scalars
+    if capturing(device):
+        _captured.append(dict(kept))
+    elif device.type == "cuda" and "spare" not in kept:
+        kept["spare"] = torch.empty_like(kept["table"], device="cpu").pin_memory()
+    return kept
+
+
+def _renew_table(step: Step, plan: Plan, kept: dict[str, Any]) -> None:
+    params, copies, device, n = step.params, step.copies, step.device, len(step.params)
+    addresses = [t.data_ptr() for t in chain(params, step.grads, copies, step.state)]
+    addresses += [0 if t is None else t.data_ptr() for t in chain(*step.numbers)]
+    if kept.get("addresses") == addresses:
+        return
+    table = np.zeros((n, ADDRESSES), np.int64)
+    of = np.array(addresses, np.int64)
+    table[:, 0], table[:, 1] = of[:n], of[n : 2 * n]
+    first = 2 * n + len(copies)
+    table[:, 2 + STATES] = of[2 * n : first] if copies else 0
+    states = of[first : -3 * n].reshape(n, -1)
+    table[:, 2 : 2 + states.shape[1]] = states
+    table[:, 3 + STATES :] = of[-3 * n :].reshape(n, 3)
+    aligned = ~np.any(table[:, : 3 + STATES] % 16, axis=1)
+    if "layout" not in kept or not np.array_equal(kept["aligned"], aligned):
+        kept["layout"] = plan(aligned.tolist(), kept)
+        kept["aligned"] = aligned
+        kept["one"] = torch.ones((), device=device)
+        kept["zero"] = torch.zeros((), device=device)
+    host = torch.from_numpy(np.concatenate([table, kept["layout"]], axis=1))
+    if capturing(device):
+        # Gradients have moved to the graph's own memory, as they do in torch's recipe. Each replay
+        # copies the addresses from where they are now: nothing may write there again.
+        if "spare" not in kept:
+            raise RuntimeError(_UNPREPARED)
+        host = kept.pop("spare").copy_(host)
+        kept["table"] = torch.empty_like(host, device=device).copy_(host, non_blocking=True)
+        _captured.append(host)
+    else:
+        kept["table"] = to_device(device, host)
+    kept["addresses"] = addresses
+
+
+_captured: list[object] = []
+"""What CUDA graphs use besides the optimizer's tensors: nobody can tell when they are gone."""
+
+_UNPREPARED = (
+    "a step that a CUDA graph captures needs the same step, with the same options, before it and "
+    "outside the graph, capturable=True for Adam, and lr and lam as tensors if they are to change"
+)
+
+
+def capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph takes down what is launched on the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def to_device(device: torch.device, host: Tensor) -> Tensor:
+    """Return a copy on the device, without waiting for it."""
+    if device.type != "cuda":
+        return host
+    if capturing(device):
+        raise RuntimeError(_UNPREPARED)
+    return host.pin_memory().to(device, non_blocking=True)
