@@ -24,7 +24,7 @@ test: setup
 	TL1KERNELS_CUDA=emulated $(BIN)/tl1kernels verify --backend cuda
 
 bench: setup
-	$(PIP) --no-build-isolation -e '.[bench]' $(BUILD)
+	$(PIP) --no-build-isolation -e '.[peers]' $(BUILD)
 	$(BIN)/python -m pytest bench --benchmark-enable --json-out bench/results
 
 # A library of its own, found before the installed one.

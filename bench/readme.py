@@ -1,6 +1,6 @@
-"""Render the README's tables from the results under bench/results, and nothing else.
+"""Render the README's tables and plots from the results under bench/results, and nothing else.
 
-python bench/readme.py           write them between their markers in README.md
+python bench/readme.py           write tables between their markers in README.md, draw ratios.png
 python bench/readme.py --check   exit with 1 if README.md and the results disagree
 """
 
@@ -111,14 +111,25 @@ def rendered(readme: str) -> str:
     return readme
 
 
+RATIOS_PLOT = RESULTS / "ratios.png"
+
+
 def stale_plots() -> list[str]:
-    """Return the plots of `tl1kernels bench` that were not drawn from the JSON beside them."""
+    """Return the plots that were not drawn from the figures they should show.
+
+    Those of `tl1kernels bench` have their JSON beside them; that of the ratios shows what the table
+    does.
+    """
+    shown = {
+        picture: json.loads(picture.with_suffix(".json").read_text())
+        for picture in (RESULTS / "short").glob("*.png")
+    }
+    shown[RATIOS_PLOT] = _newest_of_a_cpu()
     stale = []
-    for picture in (RESULTS / "short").glob("*.png"):
-        figures = json.loads(picture.with_suffix(".json").read_text())
+    for picture, figures in shown.items():
         with Image.open(picture) as image:
             if image.text.get("Source") != plots.digest(figures):
-                stale.append(picture.name)
+                stale.append(str(picture.relative_to(RESULTS)))
     return stale
 
 
@@ -128,11 +139,12 @@ def main() -> int:
     new = rendered(old)
     if "--check" in sys.argv[1:]:
         for name in (stale := stale_plots()):
-            print(f"bench/results/short/{name} was drawn from other figures than its JSON has")
+            print(f"bench/results/{name} was drawn from other figures than it should show")
         if old != new:
             print("README.md disagrees with bench/results; run python bench/readme.py")
         return int(old != new or bool(stale))
     README.write_text(new)
+    plots.draw_ratios(_newest_of_a_cpu(), RATIOS_PLOT)
     return 0
 
 

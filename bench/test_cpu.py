@@ -1,9 +1,9 @@
 """What a step costs on the CPU, beside torch's fused optimizers and what people use today.
 
 Run: .venv/bin/python -m pytest bench/test_cpu.py --benchmark-enable --json-out bench/results
-Two threads; the peers of torchao need `pip install -e '.[bench]'`. Each case first checks its step
-against the reference, and the path that it takes, on fresh random input. A ratio above its bound
-is a failure.
+Two threads; peers of other libraries need `pip install -e '.[peers]'`. Each case first checks its
+step against the reference, and the path that it takes, on fresh random input. A ratio above its
+bound is a failure.
 """
 
 import pytest
@@ -95,6 +95,25 @@ def test_against_torchs_fused(against, name, rule):
     against(f"{rule}, {name}", make, {peer: bounds[rule] * slow}, n_bytes)
 
 
+# A pass over memory for each operation: one for SGD, three with momentum, a dozen for AdamW.
+FOREACH = {"SGD": 1.25, "SGD momentum": 0.8, "AdamW": 0.4}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_against_torchs_foreach(against, rule):
+    shape, group_by, path, _ = SHAPES["rows 4096x4096"]
+    check_step(rule, shape, group_by, torch.float32, path, **REGULARIZER)
+    peer = f"torch {rule}, foreach, no prox"
+
+    def make():
+        options = {"torchs_way": "foreach", "group_by": group_by, **REGULARIZER}
+        ours, theirs = steps_on_one_memory(rule, [fresh(shape)], **options)
+        return ours, {peer: theirs}
+
+    n_bytes = step_bytes(rule, [torch.empty(shape, device="meta")])
+    against(f"{rule}, rows", make, {peer: FOREACH[rule]}, n_bytes, rounds=3, placements=5)
+
+
 @pytest.mark.skipif("avx2" not in BUILDS, reason="no AVX2 on this processor")
 def test_rows_forced_to_avx2(against, monkeypatch):
     monkeypatch.setenv("TL1KERNELS_CPU", "avx2")
@@ -178,7 +197,7 @@ PAT = {
 @pytest.mark.parametrize("job", PAT)
 def test_torchao_pat_on_its_own_job(against, job):
     """Its prox runs on SGD(fused=True) and keeps a second copy of the weights."""
-    optim = pytest.importorskip("torchao.prototype.pat.optim", reason="pip install -e '.[bench]'")
+    optim = pytest.importorskip("torchao.prototype.pat.optim", reason="pip install -e '.[peers]'")
     prox_type, group_type, options, speed_up = PAT[job]
     peer = f"torchao PAT, {prox_type}"
 
@@ -190,6 +209,36 @@ def test_torchao_pat_on_its_own_job(against, job):
 
     case = "SGD, l1" if job == "lasso" else f"SGD, group lasso, {job}"
     against(case, make, {peer: 1 / speed_up}, SGD_BYTES, rounds=3, placements=5)
+
+
+LIBRARIES = {
+    "ProxTorch": ("proxtorch.operators", lambda module: module.L1(LAM)),
+    "pyproximal": ("pyproximal", lambda module: module.L1(LAM)),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_prox_of_l1_alone(against, library):
+    """In place, where they return another tensor, or NumPy array, of the same memory each time."""
+    name, make_prox = LIBRARIES[library]
+    module = pytest.importorskip(name, reason="pip install -e '.[peers]'")
+    theirs, step = make_prox(module), 0.5
+    options = {"lam": LAM, "penalty": "l1", "group_by": None}
+
+    def given(v):
+        return v.numpy() if library == "pyproximal" else v
+
+    v = torch.randn(300, 700)
+    want = torch.as_tensor(theirs.prox(given(v), step))
+    torch.testing.assert_close(tk.prox(v, step, **options), want)
+
+    def make():
+        v, w = torch.randn(4096, 4096), torch.randn(4096, 4096)
+        peer = given(w)
+        return lambda: tk.prox_(v, step, **options), {library: lambda: theirs.prox(peer, step)}
+
+    n_bytes = 2 * 4 * 4096**2
+    against("the prox alone, l1", make, {library: 1 / 3}, n_bytes, rounds=3, placements=5)
 
 
 @pytest.mark.parametrize("schedule", ["", ", lr changes each step"])

@@ -114,7 +114,7 @@ def test_a_models_parameters(against_on_gpu, backend, model, rule):
     peer = f"torch {rule}, fused, no prox"
     against_on_gpu(
         f"{backend}, {rule}, a {model}'s {len(shapes)} tensors, host included",
-        ours(mine, lr=LR, **options, **REGULARIZER).step,
+        ours(mine, lr=LR, fused=True, **options, **REGULARIZER).step,
         {peer: torchs(theirs, lr=LR, fused=True, **options).step},
         {peer: {"triton": 1.1, "cuda": 1.05}[backend]},
         step_bytes(rule, mine),

@@ -194,7 +194,7 @@ def test_nothing_outside_the_tensor_is_written(monkeypatch, view, dtype, offset,
 
 
 FAULT = """
-import os, torch, tl1kernels as tk
+import dataclasses, os, torch, tl1kernels as tk
 os.environ["TL1KERNELS_CUDA"] = "emulated"
 from tl1kernels.backends import cuda_schedule as schedule
 plan = schedule.plan
@@ -211,7 +211,12 @@ with tk.use_backend("cuda"):
 print("went on")
 """
 FAULTS = {
-    "an access to memory at an address": ("made.chunks[:, 1] |= 1", (4097,), None),
+    "an access to memory at no multiple of its size": ("made.chunks[:, 1] |= 1", (4097,), None),
+    "a block writes beyond its shared memory": (
+        "made = dataclasses.replace(made, waiting=made.waiting - 64)",
+        (33, 64),
+        0,
+    ),
     "threads wait for what the others never do": (
         "made.split[:] = made.split[::-1].copy()",  # second passes before the first
         (200, 64),
@@ -257,11 +262,14 @@ def test_the_library_for_gpus_loads_beside_any_torch_and_says_what_cuda_says():
         f"import torch; torch.ops.load_library({str(library)!r})\n"
         "ops = torch.ops.tl1kernels\n"
         "print(len(ops.cuda_penalty_names().split()))\n"
+        "print(ops.cuda_problem(0))\n"
         "ops.cuda_has_clusters('float32', 'float32', 'adam', 'tl1', 8, 256, 64, 4096, 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == str(len(tk.PENALTIES) - 1)
-    assert "CUDA, choosing the device: " in done.stderr
+    penalties, problem = done.stdout.splitlines()
+    assert int(penalties) == len(tk.PENALTIES) - 1
+    assert problem
+    assert f"CUDA, choosing the device: {problem}" in done.stderr
 
 
 def test_on_hopper_no_kernel_spills_and_hot_ones_are_within_the_budget():

@@ -205,15 +205,19 @@ def test_grad_scale_and_found_inf_on_the_device(gpu, capturable):
     assert_near(*results, 8, torch.ones(3, 4))
 
 
-def test_capturable_keeps_the_counter_with_the_parameter_and_checkpoints_go_on(gpu):
+@pytest.mark.parametrize("option", ["capturable", "fused"])
+def test_capturable_keeps_the_counter_with_the_parameter_and_checkpoints_go_on(gpu, option):
     p = torch.ones(3, 4, device=gpu.device, requires_grad=True)
-    optimizer = tk.ProxAdamW([p], lr=0.1, lam=0.1, capturable=True)
+    optimizer = tk.ProxAdamW([p], lr=0.1, lam=0.1, **{option: True})
     for _ in range(3):
         p.grad = torch.ones_like(p)
         optimizer.step()
     assert optimizer.state[p]["step"].item() == 3
     assert optimizer.state[p]["step"].device == p.device
-    other = tk.ProxAdamW([p], lr=0.1, capturable=True)
+    (_, batch), *_ = optimizer._planned.batches._prepared
+    counter = optimizer.state[p]["step"].data_ptr()
+    assert batch.layouts["table"][:, 6].tolist() == [counter]  # the kernel counts
+    other = tk.ProxAdamW([p], lr=0.1, **{option: True})
     other.load_state_dict(optimizer.state_dict())
     p.grad = torch.ones_like(p)
     other.step()

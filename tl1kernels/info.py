@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tl1kernels.backends import BACKENDS, asked_for, native, preferred
+from tl1kernels.backends import BACKENDS, asked_for, cuda, native, preferred
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Info:
         backends: name -> "available", or why not.
         runs_on: device type -> backend of a step, or what is wrong with the one asked for.
         native: the library of csrc: how it was built, or why it was not.
+        cuda: the same of csrc/cuda.
         asked_for: the backend that `use_backend` or the environment names, if one does.
     """
 
@@ -29,6 +30,7 @@ class Info:
     backends: dict[str, str]
     runs_on: dict[str, str]
     native: str
+    cuda: str
     asked_for: str | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -41,7 +43,7 @@ class Info:
             "devices": self.devices,
             "backends": self.backends,
             "a step runs on": self.runs_on,
-            "native library": {"csrc": self.native},
+            "native libraries": {"csrc": self.native, "csrc/cuda": self.cuda},
         }
         if self.asked_for:
             sections["asked for"] = {"backend": self.asked_for}
@@ -76,5 +78,6 @@ def info() -> Info:
         backends=backends,
         runs_on=runs_on,
         native=problem or native.build_info(),
+        cuda=cuda.build_info(),
         asked_for=asked,
     )

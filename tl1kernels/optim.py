@@ -7,7 +7,7 @@ They subclass torch's own, so that schedulers, hooks, scalers and isinstance see
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_, itemgetter
@@ -57,8 +57,8 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
     parameter's dtype, under torch's names: checkpoints go both ways. lr and lam may be tensors on
     the parameters' device: a step then takes the value that they have when it runs, and does not
     check it. `foreach` changes nothing. With `fused=True` a GradScaler leaves it to the step to
-    unscale the gradients, which stay as they are, and to skip itself.
-    `capturable=True` keeps Adam's `step` on the parameters' device, so that a CUDA graph can hold
+    unscale the gradients, which stay as they are, and to skip itself. `fused=True` and
+    `capturable=True` keep Adam's `step` on the parameters' device, so that a CUDA graph can hold
     the step, after two outside it. `differentiable=True` is refused.
 
     Raises:
@@ -181,7 +181,7 @@ class _Proximal(torch.optim.Optimizer):
                     if isinstance(value, Tensor):
                         scalar = name == "step"
                         dtype = value.dtype if scalar else state_dtype(param.dtype)
-                        on_cpu = scalar and not group.get("capturable")
+                        on_cpu = scalar and not _counts_on_device(group)
                         device = torch.device("cpu") if on_cpu else param.device
                         self.state[param][name] = value.to(device, dtype, copy=True)
 
@@ -391,6 +391,11 @@ _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """torch's options that choose how a step runs, not what it does."""
 
 
+def _counts_on_device(group: Mapping[str, Any]) -> bool:
+    """Return whether Adam's `step` lies where the parameters do; torch's rule."""
+    return bool(group.get("capturable") or group.get("fused"))
+
+
 def _remember(optimizer: Any, checkpoint: dict[str, Any]) -> None:
     optimizer._loading = checkpoint, [dict(group) for group in optimizer.param_groups]
 
@@ -428,7 +433,7 @@ class ProxAdam(_Proximal, torch.optim.Adam):  # noqa: D101 (_described writes it
             amsgrad=bool(group["amsgrad"]),
             decoupled=bool(group["decoupled_weight_decay"]),
             maximize=bool(group["maximize"]),
-            capturable=bool(group["capturable"]),
+            capturable=_counts_on_device(group),
         )
         beta1, beta2 = (number("betas", beta) for beta in group["betas"])
         scalars = {"beta1": beta1, "beta2": beta2, "eps": number("eps", group["eps"])}

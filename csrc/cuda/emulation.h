@@ -1,7 +1,7 @@
 // A GPU's blocks on the host: for tests of the kernels' indexing, reductions and barriers.
 //
 // The threads of a cluster are fibers, which go on in turn until the next barrier. Clusters run one
-// after the other. A barrier that not all of its threads come to ends the program.
+// after the other. What a GPU would do in silence, or never end, ends the program with a word.
 
 #pragma once
 
@@ -49,9 +49,14 @@ class Emulation {
     if (!_setjmp(fibers[current].back)) _longjmp(scheduler, 1);
   }
 
-  [[noreturn]] static void misaligned() {
-    fprintf(stderr, "tl1kernels: an access to memory at an address that no GPU takes for it\n");
+  [[noreturn]] static void fail(const char* why) {
+    fprintf(stderr, "tl1kernels: emulated: %s\n", why);
     abort();
+  }
+  template <class T>
+  static void check_aligned(const T* at) {
+    const bool aligned = reinterpret_cast<uintptr_t>(at) % sizeof(T) == 0;
+    if (!aligned) fail("an access to memory at no multiple of its size");
   }
 
   static inline thread_local Emulation* now = nullptr;
@@ -65,6 +70,7 @@ class Emulation {
 
  private:
   static constexpr size_t STACK = 128 << 10;
+  static constexpr size_t GUARD = 1 << 10;  // bytes behind a block's shared memory
   struct Fiber {
     ucontext_t start;
     jmp_buf back;
@@ -79,7 +85,7 @@ class Emulation {
 
   Emulation(int blocks, int ranks, size_t shared_bytes, const std::function<void()>& kernel)
       : blocks(blocks), ranks(ranks), of_warps(ranks * THREADS / WARP), of_blocks(ranks),
-        memory(ranks, std::vector<unsigned char>(shared_bytes + 16)), exchanged(ranks * THREADS),
+        memory(ranks, std::vector<unsigned char>(16 + shared_bytes + GUARD)), exchanged(ranks * THREADS),
         kernel(kernel), fibers(ranks * THREADS),
         stacks(static_cast<unsigned char*>(aligned_alloc(64, ranks * THREADS * STACK))) {
     for (Barrier& barrier : of_warps) barrier.expected = WARP;
@@ -124,13 +130,13 @@ class Emulation {
         progress++;
         setcontext(&fibers[current].start);
       }
-      if (left && progress == before) stuck();
+      if (left && progress == before) fail("threads wait for what the others never do");
     }
-  }
-
-  [[noreturn]] void stuck() {
-    fprintf(stderr, "tl1kernels: emulated threads wait for what the others never do\n");
-    abort();
+    for (const auto& bytes : memory) {
+      for (size_t i = 0; i < GUARD; i++) {
+        if (bytes[bytes.size() - 1 - i] != 0xff) fail("a block writes beyond its shared memory");
+      }
+    }
   }
 };
 
@@ -143,12 +149,12 @@ inline void sync() { Emulation::now->wait(Emulation::now->of_blocks[rank()]); }
 inline void cluster_sync() { Emulation::now->wait(Emulation::now->of_cluster); }
 template <class T>
 TL1_DEVICE void load_global(T& x, const T* at) {
-  if (reinterpret_cast<uintptr_t>(at) % sizeof(T)) Emulation::misaligned();
+  Emulation::check_aligned(at);
   x = *at;
 }
 template <class T>
 TL1_DEVICE void store_global(const T& x, T* at) {
-  if (reinterpret_cast<uintptr_t>(at) % sizeof(T)) Emulation::misaligned();
+  Emulation::check_aligned(at);
   *at = x;
 }
 TL1_DEVICE uint32_t product_high(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }

@@ -92,6 +92,15 @@ void launch_tiles(Kernel kernel, const Work& work, int ranks, size_t shared_byte
   check(cudaLaunchKernelExC(&config, kernel, arguments), "starting the tiles");
 }
 
+std::string problem_with(Kernel kernel, int device) {
+  cudaError_t error = cudaSetDevice(device);
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // so that nobody else finds it
+  return cudaGetErrorString(error);
+}
+
 bool has_clusters(Kernel kernel, int ranks, size_t shared_bytes, int device) {
   check(cudaSetDevice(device), "choosing the device");
   cudaFuncAttributes attributes;

@@ -5,6 +5,8 @@
 
 #include <stddef.h>
 
+#include <string>
+
 #include "work.h"
 
 namespace tl1::gpu {
@@ -24,6 +26,9 @@ void launch_prepare(const Work& work, bool wide, const Place& place);
 // As many blocks as the device has room for, in clusters of `ranks`, or fewer if that is enough.
 void launch_tiles(Kernel kernel, const Work& work, int ranks, size_t shared_bytes,
                   const Place& place);
+
+// Why this kernel cannot run on the device: CUDA's words; "" if it can.
+std::string problem_with(Kernel kernel, int device);
 
 // Whether the device has room for clusters of so many blocks with so much shared memory each.
 bool has_clusters(Kernel kernel, int ranks, size_t shared_bytes, int device);

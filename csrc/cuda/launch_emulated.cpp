@@ -23,6 +23,8 @@ void launch_tiles(Kernel kernel, const Work& work, int ranks, size_t shared_byte
   Emulation::run(BLOCKS, ranks, shared_bytes, [&] { run(work); });
 }
 
+std::string problem_with(Kernel, int) { return ""; }
+
 bool has_clusters(Kernel, int ranks, size_t, int) { return BLOCKS % ranks == 0; }
 
 }  // namespace tl1::gpu

@@ -141,6 +141,11 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
   launch_tiles(chosen.kernel, work, static_cast<int>(ranks), shared.bytes, place);
 }
 
+// Why no kernel can run on the device; "" if they can. All are compiled for the same GPUs.
+std::string cuda_problem(int64_t device) {
+  return problem_with(ALL[0].kernel(SOFT), static_cast<int>(device));
+}
+
 // Whether clusters of `ranks` blocks, each with so much in shared memory, can hold groups.
 bool cuda_has_clusters(const std::string dtype, const std::string grad_dtype,
                        const std::string rule, const std::optional<std::string> penalty,
@@ -188,6 +193,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tl1kernels, m) {
       "cuda_has_clusters(str dtype, str grad_dtype, str rule, str? penalty, int ranks, int parts, "
       "int outcomes, int waiting, int device) -> bool");
   m.def("cuda_sizes(bool wide, bool coupled) -> int[]");
+  m.def("cuda_problem(int device) -> str");
   m.def("cuda_scalar_names() -> str");
   m.def("cuda_penalty_names() -> str");
   m.def("cuda_coupled_names() -> str");
@@ -197,6 +203,7 @@ STABLE_TORCH_LIBRARY_IMPL(tl1kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_step_", TORCH_BOX(&tl1::gpu::cuda_step_));
   m.impl("cuda_has_clusters", TORCH_BOX(&tl1::gpu::cuda_has_clusters));
   m.impl("cuda_sizes", TORCH_BOX(&tl1::gpu::cuda_sizes));
+  m.impl("cuda_problem", TORCH_BOX(&tl1::gpu::cuda_problem));
   m.impl("cuda_scalar_names", TORCH_BOX(&tl1::gpu::cuda_scalar_names));
   m.impl("cuda_coupled_names", TORCH_BOX(&tl1::gpu::cuda_coupled_names));
   m.impl("cuda_penalty_names", TORCH_BOX(&tl1::gpu::cuda_penalty_names));

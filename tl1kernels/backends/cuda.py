@@ -38,7 +38,8 @@ def unavailable() -> str | None:
         load()
     except OSError as error:
         return f"{error}: {error.__cause__}" if error.__cause__ else str(error)
-    return None
+    problem = torch.ops.tl1kernels.cuda_problem(0 if emulated() else torch.cuda.current_device())
+    return f"{problem} ({build_info()})" if problem else None
 
 
 @cache
@@ -50,6 +51,13 @@ def load() -> Path:
         OSError: it was built but does not load beside this torch.
     """
     return native.load_library(f"libtl1kernels_cuda{'_emulated' if emulated() else ''}.so", REPORT)
+
+
+def build_info() -> str:
+    """Return how the kernels were built at install time, or why they were not."""
+    report = native.installed(REPORT)
+    built = report.read_text().strip() if report else "not built"
+    return f"{built}; the host emulates them" if emulated() else built
 
 
 @cache

@@ -56,8 +56,10 @@ def step_of(rule: str, p: Tensor, **regularizer: Any) -> Step:
     return ours([p], lr=LR, **options, **regularizer).step
 
 
-def steps_on_one_memory(rule: str, given: list[Any], **regularizer: Any) -> tuple[Step, Step]:
-    """Return our step and torch's fused one on the same parameters, gradients and state.
+def steps_on_one_memory(
+    rule: str, given: list[Any], torchs_way: str = "fused", **regularizer: Any
+) -> tuple[Step, Step]:
+    """Return our step and torch's, fused or foreach, on the same parameters, gradients and state.
 
     How fast memory is differs from one allocation to the next, by more than the two steps do.
     """
@@ -65,7 +67,7 @@ def steps_on_one_memory(rule: str, given: list[Any], **regularizer: Any) -> tupl
     mine = ours(given, lr=LR, **options, **regularizer)
     mine.step()
     params = [p for group in mine.param_groups for p in group["params"]]
-    theirs = torchs(params, lr=LR, fused=True, **options)
+    theirs = torchs(params, lr=LR, **{torchs_way: True}, **options)
     for p in params:
         theirs.state[p] = dict(mine.state[p])
     return mine.step, theirs.step
@@ -188,10 +190,8 @@ def cases(side: int) -> Iterator[Case]:
 def growth(side: int, device: str) -> Iterator[Case]:
     """Yield what shows how cost grows: with weights, with tensors, with the CPU's threads."""
     rows = {**REGULARIZER, "group_by": "out"}
-    for exponent in range(10, (side * side).bit_length(), 2):
-        shape = (1 << exponent // 2, 1 << exponent // 2)
-        name = f"SGD, rows, {shape[0]}x{shape[1]}"
-        yield Case(name, "SGD", rows, (shape,), axis="weights", at=1 << exponent)
+    for n in (*(1 << k for k in range(5, (side - 1).bit_length())), side):
+        yield Case(f"SGD, rows, {n}x{n}", "SGD", rows, ((n, n),), axis="weights", at=n * n)
     for n in (1, 10, 100, 1000, 2000):
         yield Case(f"SGD, {n} x 16x16", "SGD", rows, ((16, 16),) * n, axis="tensors", at=n)
     if device == "cpu":

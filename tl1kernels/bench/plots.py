@@ -1,9 +1,10 @@
-"""The plot of a run of `tl1kernels bench`: share of the copy by case, and how cost grows."""
+"""Plots of figures: of a run of `tl1kernels bench`, and of one of the benchmarks in bench/."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def digest(report: Mapping[str, Any]) -> str:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of a report's figures, with their digest and the command in it, as text."""
+    """Write a PNG of what `tl1kernels bench` reports: share of the copy by case, growth."""
     cases = [row for row in report["results"] if not row["axis"]]
     axes_of = list(dict.fromkeys(row["axis"] for row in report["results"] if row["axis"]))
     figure = plt.figure(figsize=(11, 3.4 + 0.24 * len(cases)), layout="constrained")
@@ -29,7 +30,33 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     _bars(top.subplots(), cases, report)
     for i, axis in enumerate(axes_of):
         _growth(bottom.add_subplot(1, len(axes_of), i + 1), axis, report)
-    text = {"Description": report["command"], "Source": digest(report)}
+    _write(figure, path, report, report["command"])
+
+
+def draw_ratios(report: Mapping[str, Any], path: Path) -> None:
+    """Write a PNG of what bench/ reports: how many times a peer's step ours takes, by peer."""
+    peers = list(dict.fromkeys(row["peer"] for row in report["results"]))
+    figure, ax = plt.subplots(figsize=(11, 1.2 + 0.34 * len(peers)), layout="constrained")
+    for y, peer in enumerate(peers):
+        ratios = [row["ratio"] for row in report["results"] if row["peer"] == peer]
+        ax.plot(ratios, [y] * len(ratios), "o", color="tab:blue", alpha=0.4, markeredgewidth=0)
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        ax.plot(mean, y, "|", color="black", markersize=16, markeredgewidth=2)
+        ax.annotate(f"{mean:.2g}", (mean, y), (5, 5), textcoords="offset points", fontsize=8)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_xscale("log")
+    ax.set_yticks(range(len(peers)), peers)
+    ax.invert_yaxis()
+    ax.set_xlabel("ours, in times of the peer; each point a case, the bar their geometric mean")
+    environment = report["environment"]
+    where = environment.get("gpu", environment["processor"])
+    ax.set_title(f"{where}, {environment['threads']} threads, {report['date']}")
+    _write(figure, path, report, "python bench/readme.py")
+
+
+def _write(figure: Any, path: Path, report: Mapping[str, Any], command: str) -> None:
+    """Write a PNG, with the figures' digest and the command in it, as text."""
+    text = {"Description": command, "Source": digest(report)}
     figure.savefig(path, dpi=110, metadata=text)
     plt.close(figure)
 
