@@ -36,8 +36,7 @@ GROUPED = [name for name, (_, group_by) in VIEWS.items() if group_by is not None
 SMALL = {"TILE": 256, "LONGEST": 64, "ALONE": 0}
 CUDA = {
     "cuda": {},
-    "cuda in clusters of 8": SMALL,
-    "cuda in clusters of 2": {**SMALL, "RANKS": 2},
+    "cuda in clusters": {**SMALL, "RANKS": 4},  # two of them, emulated
     "cuda in two passes": {**SMALL, "RANKS": 1, "PIECE": 512, "LAG": 4},
 }
 
