@@ -111,7 +111,7 @@ def rendered(readme: str) -> str:
     return readme
 
 
-RATIOS_PLOT = RESULTS / "ratios.png"
+RATIOS_PLOT = "ratios.png"
 
 
 def stale_plots() -> list[str]:
@@ -124,7 +124,8 @@ def stale_plots() -> list[str]:
         picture: json.loads(picture.with_suffix(".json").read_text())
         for picture in (RESULTS / "short").glob("*.png")
     }
-    shown[RATIOS_PLOT] = _newest_of_a_cpu()
+    if (RESULTS / RATIOS_PLOT).exists():
+        shown[RESULTS / RATIOS_PLOT] = _newest_of_a_cpu()
     stale = []
     for picture, figures in shown.items():
         with Image.open(picture) as image:
@@ -144,7 +145,7 @@ def main() -> int:
             print("README.md disagrees with bench/results; run python bench/readme.py")
         return int(old != new or bool(stale))
     README.write_text(new)
-    plots.draw_ratios(_newest_of_a_cpu(), RATIOS_PLOT)
+    plots.draw_ratios(_newest_of_a_cpu(), RESULTS / RATIOS_PLOT)
     return 0
 
 

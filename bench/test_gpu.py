@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tl1kernels as tk
+from tests.common import gpu_backend
 from tl1kernels import backends
 from tl1kernels.bench.cases import (
     LR,
@@ -45,13 +46,7 @@ def copy_of(n_bytes):
     return lambda: target.copy_(source)
 
 
-@pytest.fixture(autouse=True, params=["triton", "cuda"])
-def backend(request):
-    """Take every case on each backend that has kernels for a GPU."""
-    if reason := backends.BACKENDS[request.param].unavailable():
-        pytest.skip(f"{request.param}: {reason}")
-    with tk.use_backend(request.param):
-        yield request.param
+backend = pytest.fixture(autouse=True, params=["triton", "cuda"])(gpu_backend)
 
 
 def work_of(plan):

@@ -108,7 +108,7 @@ template <class A>
 TL1_ONCE void prepare_log(double step, double weight, double a, Coefficients& c) {
   a = fmin(fmax(a, 1e-100), 1e100);  // beyond that it is l0 or l1 to all digits
   const double t = step * weight * (a / log1p(a)), cut = log_cut(a * t) / a;
-  const double by = fmin(1, 1 / a);
+  const double by = fmin(1.0, 1 / a);
   const double unit = ldexp(by, -ilogb(by * (1 + a * cut)));
   c.cut = round_down<A>(cut);
   c.x[0] = unit;

@@ -95,6 +95,14 @@ def skip_unless_it_runs(backend):
         pytest.skip(f"backend {backend}: {reason}")
 
 
+def gpu_backend(request):
+    """Run tests on one of the backends with kernels for GPUs; the body of a fixture."""
+    if reason := backends.BACKENDS[request.param].unavailable():
+        pytest.skip(f"{request.param}: {reason}")
+    with tk.use_backend(request.param):
+        yield request.param
+
+
 def many_steps(backend):
     """100, or as many as an interpreter takes in a few seconds."""
     return 10 if backend == "triton" and triton_launch.interpreting() else 100

@@ -181,12 +181,15 @@ def test_slopes_are_those_of_power_laws():
 
 
 def test_a_plot_that_its_figures_did_not_draw_is_found(tmp_path, monkeypatch):
-    rows = [{"name": name, "axis": "", "of_copy": 0.5, "ratio": None} for name in "abc"]
+    rows = [{"name": name, "axis": "", "of_copy": 0.5, "ratio": 2, "peer": "p"} for name in "abc"]
     report = {"command": "", "results": rows, "backend": "", "copy_gb_per_s": 1.0, "slopes": {}}
-    report["environment"] = {"processor": "some"}
+    report |= {"environment": {"processor": "some", "threads": 2}, "date": "2026-01-01"}
     (tmp_path / "short").mkdir()
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     plots.draw(report, tmp_path / "short" / "cpu.png")
-    for written, stale in ((report, []), ({**report, "copy_gb_per_s": 2.0}, ["cpu.png"])):
+    plots.draw_ratios(report, tmp_path / "ratios.png")
+    other = {**report, "copy_gb_per_s": 2.0}
+    for written, stale in ((report, []), (other, ["short/cpu.png", "ratios.png"])):
         (tmp_path / "short" / "cpu.json").write_text(json.dumps(written))
+        (tmp_path / "machine-2026-01-01.json").write_text(json.dumps(written))
         assert readme.stale_plots() == stale

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tl1kernels as tk
-from tests.common import variants
+from tests.common import gpu_backend, variants
 from tl1kernels import backends, plan
 from tl1kernels.backends import triton_launch
 
@@ -38,13 +38,7 @@ def network():
     return nn.Sequential(*layers).cuda()
 
 
-@pytest.fixture(autouse=True, params=["triton", "cuda"])
-def backend(request):
-    """Run every test on each backend that has kernels for a GPU."""
-    if reason := backends.BACKENDS[request.param].unavailable():
-        pytest.skip(f"{request.param}: {reason}")
-    with tk.use_backend(request.param):
-        yield request.param
+backend = pytest.fixture(autouse=True, params=["triton", "cuda"])(gpu_backend)
 
 
 def test_cuda_tensors_run_on_triton():

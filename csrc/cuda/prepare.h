@@ -19,9 +19,9 @@ enum Variant { SOFT, TRANSFORMED, OTHERS, COUPLED, VARIANTS };
 
 template <class A>
 struct Prepared {
-  static constexpr Variant variant(SoftThreshold<A>*) { return SOFT; }
-  static constexpr Variant variant(TransformedL1<A>*) { return TRANSFORMED; }
-  static constexpr Variant variant(void*) { return OTHERS; }
+  TL1_ONCE static constexpr Variant variant(SoftThreshold<A>*) { return SOFT; }
+  TL1_ONCE static constexpr Variant variant(TransformedL1<A>*) { return TRANSFORMED; }
+  TL1_ONCE static constexpr Variant variant(void*) { return OTHERS; }
 
   TL1_ONCE static void put(SoftThreshold<A>*, const Coefficients& c, void* at) {
     new (at) Soft<A>(c);

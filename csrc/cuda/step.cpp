@@ -11,9 +11,9 @@
 
 #include "../names.h"
 #include "cuda_kernels.h"
+#include "groups.h"
 #include "launch.h"
 #include "prepare.h"
-#include "tiles.h"
 
 namespace tl1::gpu {
 
@@ -66,7 +66,7 @@ Chosen choose(const std::string& dtype, const std::string& grad_dtype, const std
   return chosen;
 }
 
-// Where things lie in a block's shared memory (tiles.h), and its size.
+// Where things lie in a block's shared memory (tiles.h has the names), and its size.
 struct Shared {
   int64_t parts_at, outcomes_at, waiting_at, bytes;
 };

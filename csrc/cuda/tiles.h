@@ -6,9 +6,9 @@
 #pragma once
 
 #include "../storage.h"
-#include "block.h"
+#include "groups.h"
 #include "variants.h"
-#include "work.h"
+#include "walk.h"
 
 namespace tl1::gpu {
 
@@ -57,82 +57,6 @@ struct Pack {
   }
 };
 
-// What is measured of some weights of a group.
-template <class A, bool COUPLED>
-struct Measure {
-  A squares = 0;
-
-  TL1_DEVICE void add(A t, int64_t, const Common<A>& c) {
-    const A x = t * c.unit;
-    squares = mul_add(x, x, squares);
-  }
-  TL1_DEVICE void merge(const Measure& m) { squares += m.squares; }
-  TL1_DEVICE Measure across(int lanes) const { return {shuffle_xor(squares, lanes)}; }
-};
-
-template <class A>
-struct Measure<A, true> {
-  A squares = 0, sum = 0, largest = 0;
-  int32_t unused = 0;
-  int64_t at = INT64_MAX;  // where the largest is, counted from the tensor's first weight
-
-  TL1_DEVICE void add(A v, int64_t offset, const Common<A>& c) {
-    const A size = magnitude_of(v);
-    const A beyond = size <= c.offset ? A(0) : c.unit * (size - c.offset);
-    squares = mul_add(beyond, beyond, squares);
-    sum += size;
-    larger(v, offset);
-  }
-  TL1_DEVICE void larger(A v, int64_t offset) {
-    const A mine = magnitude_of(largest), other = magnitude_of(v);
-    if (other > mine || (other == mine && offset < at)) largest = v, at = offset;
-  }
-  TL1_DEVICE void merge(const Measure& m) {
-    squares += m.squares;
-    sum += m.sum;
-    larger(m.largest, m.at);
-  }
-  TL1_DEVICE Measure across(int lanes) const {
-    return {shuffle_xor(squares, lanes), shuffle_xor(sum, lanes), shuffle_xor(largest, lanes), 0,
-            shuffle_xor(at, lanes)};
-  }
-};
-
-// What becomes of a group's weights.
-template <class A, bool COUPLED>
-struct Outcome {
-  A factor;
-
-  static TL1_DEVICE Outcome none() { return {A(1)}; }
-  static TL1_DEVICE Outcome of(const Measure<A, false>& m, const Common<A>& c) {
-    return {c.threshold < 0 ? A(1) : shrink_factor(m.squares, c.threshold)};
-  }
-  TL1_DEVICE A of_weight(A t, int64_t) const { return t * factor; }
-};
-
-template <class A>
-struct Outcome<A, true> {
-  A factor, cut, kept;
-  int32_t unused;
-  int64_t kept_at;
-
-  static TL1_DEVICE Outcome none() { return {A(1), A(0), A(0), 0, -1}; }
-  static TL1_DEVICE Outcome of(const Measure<A, true>& m, const Common<A>& c) {
-    if (c.coupled < 0) {
-      Outcome lasso = none();
-      if (c.threshold >= 0) lasso.factor = shrink_factor(m.squares, c.threshold);
-      return lasso;
-    }
-    const Shrink s = finish(c.coupled, {double(m.squares), double(m.sum), double(m.largest), double(m.at)}, c.coupling);
-    return {A(s.factor), A(s.cut), A(s.kept), 0, int64_t(s.kept_at)};
-  }
-  TL1_DEVICE A of_weight(A v, int64_t offset) const {
-    const A size = magnitude_of(v);
-    const A w = (size <= cut ? A(0) : size - cut) * factor;  // a NaN spoils all of them
-    return offset == kept_at ? kept : with_sign_of(w, v);
-  }
-};
-
 template <class C>
 class Block {
   using T = typename C::T;
@@ -141,6 +65,8 @@ class Block {
   using M = Measure<A, C::COUPLED>;
   using O = Outcome<A, C::COUPLED>;
   static constexpr int N = C::VECTOR;
+  using Walk = gpu::Walk<N>;
+  using Cursor = gpu::Cursor<N>;
   using Wait = typename Pack<A, N>::Part;  // 16 bytes of values in shared memory
   static constexpr int IN_WAIT = Pack<A, N>::IN_PART;
 
@@ -223,39 +149,6 @@ class Block {
     return true;
   }
 
-  // An item is a rectangle of weights, its rows `width` apart. A thread takes N weights of a row at a
-  // time: neighbours, in one access of 16 bytes; or, where addresses or lengths do not allow that,
-  // every `lanes`-th.
-  struct Walk {
-    int64_t offset;  // of the thread's first weight
-    int64_t width;
-    int row, rows, step;
-    int column, columns, lanes;
-    int apart;       // from one of the N to the next: 1, or `lanes`, which is more
-    TL1_DEVICE bool vectors() const { return apart == 1; }
-    int groups;      // of the item
-    uint32_t inverse;  // 2^31 over the weights of a group, rounded up; 0 for one group
-    TL1_DEVICE int group_of(int column) const { return product_high(2 * column, inverse); }
-  };
-
-  // Goes from N of a thread's weights to the next.
-  struct Cursor {
-    int64_t offset;
-    int row, column;
-    TL1_DEVICE explicit Cursor(const Walk& w)
-        : offset(w.offset), row(w.column < w.columns ? w.row : w.rows), column(w.column) {}
-    TL1_DEVICE void next(const Walk& w) {
-      column += w.lanes * N;
-      offset += w.lanes * N;
-      if (column >= w.columns) {
-        const int first = w.column;
-        offset += w.step * w.width - (column - first);
-        column = first;
-        row += w.step;
-      }
-    }
-  };
-
   // What is done with an item's weights.
   enum class Pass {
     hold,     // they are measured, and wait in shared memory
@@ -274,7 +167,7 @@ class Block {
     const bool vectors = it.kind & 1;
     const Shape shape = static_cast<Shape>(it.kind >> 1 & 3);
     const Phase phase = static_cast<Phase>(it.kind >> 3);
-    const Walk w = walk(it, shape, vectors);
+    const Walk w(*row, it, shape, vectors);
     const int64_t team = row->teams + it.team;
     O* const factors = reinterpret_cast<O*>(work.factors) + team * TEAM_GROUPS;
     Pass pass = w.groups == 0 || phase == Phase::second ? Pass::finish
@@ -301,47 +194,6 @@ class Block {
     // The others have read what is here.
     if (w.groups) shape != Shape::chunk && phase == Phase::held ? team_sync() : sync();
   }
-
-  TL1_DEVICE Walk walk(const Item& it, Shape shape, bool vectors) const {
-    Walk w;
-    const int64_t inner = row->inner;
-    int64_t first;
-    int row0 = 0, column0 = 0, in_group = 0;
-    w.rows = 1, w.lanes = THREADS, w.groups = 1;
-    w.width = row->groups * inner;
-    if (shape == Shape::chunk) {
-      first = it.team * row->span;
-      w.columns = smaller(row->span, row->numel - first);
-      in_group = static_cast<int>(row->width);
-      w.groups = in_group ? w.columns / in_group : 0;
-    } else {
-      const int64_t outer = row->outer;
-      const int64_t teams = shape == Shape::run ? row->groups : (w.width + row->span - 1) / row->span;
-      const int64_t block = it.team / teams, team = it.team % teams;
-      first = block * outer * w.width + team * row->span;
-      const int across = static_cast<int>(row->across);  // pieces side by side
-      row0 = it.piece / across * static_cast<int>(row->share_rows);
-      column0 = it.piece % across * static_cast<int>(row->share_columns);
-      w.lanes = static_cast<int>(row->lanes);
-      w.rows = smaller(row0 + row->share_rows, outer);
-      const int columns = smaller(row->span, w.width - team * row->span);
-      w.columns = smaller(column0 + row->share_columns, columns);
-      if (shape == Shape::panel) {
-        in_group = static_cast<int>(inner);
-        w.groups = columns / in_group;
-      }
-    }
-    w.inverse = w.groups > 1 ? ((uint32_t(1) << 31) + in_group - 1) / in_group : 0;
-    const int lane = thread() & (w.lanes - 1);
-    w.apart = vectors ? 1 : w.lanes;
-    w.row = row0 + thread() / w.lanes;
-    w.step = THREADS / w.lanes;
-    w.column = column0 + (vectors ? lane * N : lane);
-    w.offset = first + w.row * w.width + w.column;
-    return w;
-  }
-
-  static TL1_DEVICE int smaller(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
   // --- N weights of a thread, the first at `offset` of the tensor.
 
