@@ -19,8 +19,8 @@ from pathlib import Path
 
 import triton
 
-import tl1kernels
 from bench.triton_sass import SLOTS_PER_BYTE, STATES
+from tl1kernels.backends import native
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BINARY = "libtl1kernels_cuda.so"
@@ -69,12 +69,6 @@ class Usage:
     registers: int
     stack: int
     local: int
-
-
-def installed() -> Path | None:
-    """Return the path of the installed library; None where it was not built."""
-    paths = (Path(folder) / BINARY for folder in tl1kernels.__path__)
-    return next((path for path in paths if path.exists()), None)
 
 
 def usage_of(library: Path) -> dict[Name, Usage]:
@@ -211,7 +205,7 @@ def passes(name: Name, code: Code) -> dict[str, Counter | None]:
 
 def main() -> None:
     """Print the table."""
-    library = Path(sys.argv[1]) if len(sys.argv) > 1 else installed()
+    library = Path(sys.argv[1]) if len(sys.argv) > 1 else native.installed(BINARY)
     if library is None:
         raise SystemExit(f"{BINARY} was not built")
     usage, codes = usage_of(library), code_of(library)

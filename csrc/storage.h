@@ -47,18 +47,11 @@ TL1_INLINE uint32_t mask(bool all) { return all ? 0xffffffffu : 0; }
 
 // `clean` for the 16-bit types: what would be rounded to 0 (up to half the least number) is +0 before.
 TL1_INLINE float cleaned(float x, bool clean, float half_the_least) {
-#ifdef __CUDA_ARCH__
-  return magnitude_of(x) <= (clean ? half_the_least : -1.0f) ? 0.0f : x;
-#endif
   return clean ? from_bits(bits_of(x) & ~mask(magnitude_of(x) <= half_the_least)) : x;
 }
 
 TL1_INLINE void store(float x, bool clean, BFloat16& out) {
   x = cleaned(x, clean, 0x1p-134f);
-#ifdef __CUDA_ARCH__
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
-  return;
-#endif
   const uint32_t bits = bits_of(x);
   uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
   rounded |= mask(x != x);  // rounding could carry a NaN over to -0
@@ -67,10 +60,6 @@ TL1_INLINE void store(float x, bool clean, BFloat16& out) {
 
 TL1_INLINE void store(float x, bool clean, Float16& out) {
   x = cleaned(x, clean, 0x1p-25f);
-#ifdef __CUDA_ARCH__
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
-  return;
-#endif
   const uint32_t bits = bits_of(x);
   const uint32_t sign = (bits >> 16) & 0x8000;
   const uint32_t magnitude = bits & 0x7fffffff;

@@ -5,6 +5,7 @@ test_gpu_backends.py and test_kernels.py.
 """
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import tl1kernels as tk
 from tl1kernels.backends import cuda, native
 from tl1kernels.backends import cuda_schedule as schedule
+from tl1kernels.backends.gpu import ADDRESSES
 from tl1kernels.views import GroupView, view_of
 
 SHAPES = {schedule.CHUNK_SHAPE: "chunk", schedule.PANEL_SHAPE: "panel", schedule.RUN_SHAPE: "run"}
@@ -131,6 +133,23 @@ def test_split_pieces_come_in_an_order_in_which_nobody_waits_for_ever():
     assert len(begun) == plan.n_teams > 0
 
 
+def test_the_memory_of_sums_is_a_64th_of_the_weights_at_most():
+    for shape, group_by in (((4096, 4096), 1), ((2, 2**22), 0), ((3000, 300, 3, 3), 1)):
+        plan = planned([view_of(torch.empty(shape, device="meta"), group_by)], ranks=1)
+        assert 0 < plan.n_partials * schedule.PANEL <= math.prod(shape) / 60
+
+
+def test_the_schedule_and_the_kernels_have_the_same_constants():
+    source = (Path(__file__).parents[1] / "csrc" / "cuda" / "work.h").read_text()
+    constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", source))
+    assert int(constants["THREADS"]) == schedule.THREADS
+    assert int(constants["TEAM_GROUPS"]) == schedule.PANEL
+    row = re.search(r"struct Row \{(.*?)\n\};", source, re.DOTALL)[1]
+    fields = re.sub(r"//.*", "", row).replace("state[MAX_STATES]", "a, b, c")
+    columns = sum(line.count(",") + 1 for line in fields.split(";") if "int64_t" in line)
+    assert columns == ADDRESSES + schedule.LAYOUT
+
+
 def test_indices_beyond_2_to_the_31():
     """In the schedule; groups of as much are refused."""
     for view in (
@@ -197,6 +216,7 @@ FAULT = """
 import dataclasses, os, torch, tl1kernels as tk
 os.environ["TL1KERNELS_CUDA"] = "emulated"
 from tl1kernels.backends import cuda_schedule as schedule
+from tl1kernels.backends.gpu import ADDRESSES
 plan = schedule.plan
 schedule.RANKS, schedule.ALONE, schedule.PIECE = 1, 0, 512
 def faulty(*args, **options):
@@ -277,7 +297,7 @@ def test_on_hopper_no_kernel_spills_and_hot_ones_are_within_the_budget():
     pytest.importorskip("triton", reason="its cuobjdump")
     from bench import cuda_sass
 
-    library = cuda_sass.installed()
+    library = native.installed(cuda_sass.BINARY)
     if library is None:
         pytest.skip(f"not built: {native.installed(cuda.REPORT).read_text().strip()}")
     usage, codes = cuda_sass.usage_of(library), cuda_sass.code_of(library)

@@ -1,4 +1,4 @@
-// The kernels on a GPU. Each stands as torch's current stream does: nothing here waits for it.
+// The kernels on a GPU, on the stream that Python hands over; nothing here waits for it.
 
 #include <algorithm>
 #include <map>

@@ -14,7 +14,7 @@ constexpr int N_SCALARS = sizeof(Scalars) / sizeof(double);
 constexpr int SCALAR_COLUMNS = N_SCALARS + 1;  // the last is the step
 
 // The penalties as they are compiled, by the struct that they use. The numbers are places in the
-// list of kernels.h.
+// list of kernels.cu.
 enum Variant { SOFT, TRANSFORMED, OTHERS, COUPLED, VARIANTS };
 
 template <class A>

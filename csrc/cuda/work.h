@@ -24,7 +24,7 @@ struct Row {
   int64_t span;    // chunk: weights of one; team: columns of one, in weights
   int64_t width;   // chunk: weights of a group, 0 for no groups
   int64_t lanes;   // chunk: threads that add up a group; team: threads side by side, at least 2; powers of two
-  int64_t share_rows, share_columns;  // team: rows of a piece, and vectors in each of them
+  int64_t share_rows, share_columns;  // team: rows of a piece, and weights in each of them
   int64_t pieces, across;             // team: how many pieces, and how many of them side by side
   int64_t partials, teams;  // where those of its teams begin in the workspaces
 };

@@ -34,10 +34,8 @@ def unavailable() -> str | None:
         return f"no GPU that torch can use, and {ENVIRONMENT} is not emulated"
     if not emulated() and torch.version.cuda is None:
         return "torch's GPU is not one of CUDA's"
-    try:
-        load()
-    except OSError as error:
-        return f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+    if reason := native.why_not(load):
+        return reason
     problem = torch.ops.tl1kernels.cuda_problem(0 if emulated() else torch.cuda.current_device())
     return f"{problem} ({build_info()})" if problem else None
 

@@ -5,6 +5,7 @@ The step is one op, torch.ops.tl1kernels.step_; csrc/library.cpp has its schema.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ REPORT = "native_build.txt"
 
 def unavailable() -> str | None:
     """Return why the library cannot be used here; None if it can."""
+    return why_not(load)
+
+
+def why_not(load: Callable[[], object]) -> str | None:
+    """Return what keeps a library from being loaded; None if `load` does it."""
     try:
         load()
     except OSError as error:  # FileNotFoundError too
