@@ -87,13 +87,13 @@ bool any_alive(const A* v, A cut) {
   return alive;
 }
 
-// Adds squares of a CHUNK of float32 results, which neither over- nor underflow, to partial sums.
+// Adds squares of a CHUNK of float32 results, which neither over- nor underflow, to partial sums: two
+// for each lane, since an addition waits for the one before.
 inline void add_chunk_to(float* part, const float* w) {
   for (int64_t at = 0; at < CHUNK; at += 4 * LANES) {
-    SIMD for (int64_t i = 0; i < LANES; i++) {
-      const float w0 = w[at + i], w1 = w[at + i + LANES];
-      const float w2 = w[at + i + 2 * LANES], w3 = w[at + i + 3 * LANES];
-      part[i] = mul_add(w3, w3, mul_add(w2, w2, mul_add(w1, w1, mul_add(w0, w0, part[i]))));
+    SIMD for (int64_t i = 0; i < 2 * LANES; i++) {
+      const float w0 = w[at + i], w1 = w[at + i + 2 * LANES];
+      part[i] = mul_add(w1, w1, mul_add(w0, w0, part[i]));
     }
   }
 }
@@ -104,6 +104,11 @@ inline void move_part_to(double* sums, float* part, int64_t n) {
     sums[i] += static_cast<double>(part[i]);
     part[i] = 0;
   }
+}
+
+inline void move_both_to(double* lanes, float* part) {
+  move_part_to(lanes, part, LANES);
+  move_part_to(lanes, part + LANES, LANES);
 }
 
 // Memory works while a chunk is computed and while groups are scaled: the hardware's prefetchers alone
@@ -121,20 +126,20 @@ template <bool Far, int Write, class T>
 
 // The whole chunks among n weights; returns how many weights are in them. Everything here is inline:
 // a member read through a closure may alias what is written, and the loop would stay scalar.
-template <class Rule, class P, class T>
+template <bool PLAIN, class Rule, class P, class T>
 [[gnu::always_inline]] inline int64_t advance_chunks(const Rule& numbers, const Weights<P>& weights,
                                                      int64_t n, double* lanes, T threshold) {
   using A = Arithmetic<P>;
   const Rule rule = numbers;
   const Weights<P> w = weights;
-  alignas(64) float part[LANES] = {};
+  alignas(64) float part[2 * LANES] = {};
   int64_t at = 0, squares = 0;
   for (; at + CHUNK <= n; at += CHUNK) {
     const auto update = [=](int64_t i) __attribute__((always_inline)) {
       A s0 = Rule::STATES > 0 ? w.state[0][at + i] : A(0);
       A s1 = Rule::STATES > 1 ? w.state[1][at + i] : A(0);
       A s2 = Rule::STATES > 2 ? w.state[2][at + i] : A(0);
-      const A v = rule(load(w.param[at + i]), load(w.grad[at + i]), s0, s1, s2);
+      const A v = rule.template take<PLAIN>(load(w.param[at + i]), load(w.grad[at + i]), s0, s1, s2);
       if constexpr (Rule::STATES > 0) w.new_state[0][at + i] = s0;
       if constexpr (Rule::STATES > 1) w.new_state[1][at + i] = s1;
       if constexpr (Rule::STATES > 2) w.new_state[2][at + i] = s2;
@@ -161,26 +166,30 @@ template <class Rule, class P, class T>
       if (!lanes) continue;
       add_chunk_to(part, out);
       if (++squares == SQUARES) {
-        move_part_to(lanes, part, LANES);
+        move_both_to(lanes, part);
         squares = 0;
       }
     }
   }
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (squares > 0) move_part_to(lanes, part, LANES);
+    if (squares > 0) move_both_to(lanes, part);
   }
   return at;
 }
 
-// An `Advance` for one rule, penalty and stored type.
-template <template <class> class Rule, template <class> class Penalty, class P>
-void advance(const Step& step, const Weights<P>& w, int64_t n, double* lanes) {
+// An `Advance` for one rule, penalty and stored type. Plain steps have a function of their own, which
+// leaves their loops more registers, where they are worth the code.
+template <template <class> class Rule, template <class> class Penalty, class P, bool PLAIN = false>
+[[gnu::noinline]] void advance(const Step& step, const Weights<P>& w, int64_t n, double* lanes) {
   using A = Arithmetic<P>;
   const Rule<A> rule(step.numbers);
+  if constexpr (!PLAIN && FUSED && sizeof(A) == sizeof(float)) {
+    if (rule.plain()) return advance<Rule, Penalty, P, true>(step, w, n, lanes);
+  }
   int64_t done = 0;
   const Penalty<A> penalty(step.coefficients);
   penalty.with_prox([&](auto prox) __attribute__((always_inline)) {
-    done = advance_chunks(rule, w, n, lanes, as_threshold(prox, penalty.cut));
+    done = advance_chunks<PLAIN>(rule, w, n, lanes, as_threshold(prox, penalty.cut));
   });
   if (done == n) return;
   // What is left of n goes through as a chunk, with zeros behind it.
@@ -193,7 +202,7 @@ void advance(const Step& step, const Weights<P>& w, int64_t n, double* lanes) {
     rest.state[k] = rest.new_state[k] = state[k];
     for (int64_t i = 0; i < left; i++) state[k][i] = w.state[k][done + i];
   }
-  advance<Rule, Penalty>(step, rest, CHUNK, nullptr);
+  advance<Rule, Penalty, P, PLAIN>(step, rest, CHUNK, nullptr);
   for (int64_t i = 0; i < left; i++) w.out[done + i] = out[i];
   for (int k = 0; k < Rule<A>::STATES; k++) {
     for (int64_t i = 0; i < left; i++) w.new_state[k][done + i] = state[k][i];

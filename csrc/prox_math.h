@@ -166,6 +166,14 @@ template <class F>
 TL1_INLINE Prox<false, F> cheap(F f) { return {f}; }
 template <class F>
 TL1_INLINE Prox<true, F> dear(F f) { return {f}; }
+// In between: where 16 registers must do, two short loops and the look take less than one long loop.
+#ifdef __AVX512F__
+constexpr bool FEW_REGISTERS = false;
+#else
+constexpr bool FEW_REGISTERS = true;
+#endif
+template <class F>
+TL1_INLINE Prox<FEW_REGISTERS, F> middling(F f) { return {f}; }
 
 // l1: max(0, |v| - tau).
 template <class A>
@@ -317,9 +325,9 @@ struct TransformedL1 {
       // Memory hides the root there, and one way is less code.
       loop(dear([=](A x) TL1_LAMBDA { return self.by_root(x); }));
     } else if (way == GENTLEST) {
-      loop(cheap([=](A x) TL1_LAMBDA { return self.template by_series<Tl1Gentlest::TERMS>(x); }));
+      loop(middling([=](A x) TL1_LAMBDA { return self.template by_series<Tl1Gentlest::TERMS>(x); }));
     } else if (way == GENTLE) {
-      loop(cheap([=](A x) TL1_LAMBDA { return self.template by_series<Tl1Gentle::TERMS>(x); }));
+      loop(middling([=](A x) TL1_LAMBDA { return self.template by_series<Tl1Gentle::TERMS>(x); }));
     } else if constexpr (FUSED) {
       loop(dear([=](A x) TL1_LAMBDA { return self.by_root(x); }));
     } else {

@@ -1,10 +1,12 @@
-// The update rules for one weight, for the CPU and CUDA: v = rule(p, g, state), torch.optim's.
+// The update rules for one weight, for the CPU and CUDA: v = rule.take(p, g, state), torch.optim's.
 //
 // A rule is a struct, and a row of TL1_RULES, with
 //   STATES                     how many state tensors it has (those shaped like the parameter)
 //   COUNTS                     whether it also has a counter of steps
 //   Rule(numbers)              takes those it knows of RuleNumbers, in the arithmetic type A
-//   operator()(p, g, s0, ...)  the updated weight; the state values are updated in place
+//   take<PLAIN>(p, g, s0, ...) the updated weight; the state values are updated in place
+//   plain()                    whether its numbers allow PLAIN: what few steps have is left out (decay in
+//                              the gradient, Nesterov's way, a unit), and the bits are the same
 // A number that switches something off (no weight decay, plain momentum) selects and does not
 // multiply: 0 * inf would be NaN where torch.optim has none.
 
@@ -78,7 +80,9 @@ struct Assign {
   static constexpr int STATES = 0;
   static constexpr bool COUNTS = false;
   explicit TL1_INLINE Assign(const RuleNumbers&) {}
-  TL1_INLINE A operator()(A, A g, A&, A&, A&) const { return g; }
+  static constexpr bool plain() { return false; }  // there is nothing to leave out
+  template <bool>
+  TL1_INLINE A take(A, A g, A&, A&, A&) const { return g; }
 };
 
 template <class A>
@@ -87,9 +91,11 @@ struct Sgd {
   static constexpr bool COUNTS = false;
   A lr, decay;  // in the gradient's unit; a power of two leaves every rounding as it is
   explicit TL1_INLINE Sgd(const RuleNumbers& n) : lr(A(n.unit * n.lr)), decay(A(n.decay / n.unit)) {}
-  TL1_INLINE A operator()(A p, A g, A&, A&, A&) const {
+  bool plain() const { return decay == 0; }
+  template <bool PLAIN>
+  TL1_INLINE A take(A p, A g, A&, A&, A&) const {
     // Not (1 - lr * decay) * p: an infinite weight turns into torch's NaN.
-    g = either(decay != 0, mul_add(decay, p, g), g);
+    if constexpr (!PLAIN) g = either(decay != 0, mul_add(decay, p, g), g);
     return mul_add(-lr, g, p);
   }
 };
@@ -103,11 +109,17 @@ struct SgdMomentum {
   explicit TL1_INLINE SgdMomentum(const RuleNumbers& n)
       : unit(A(n.unit)), decay(A(n.decay)), lr(A(n.lr)), momentum(A(n.momentum)),
         gain(A(n.gain)), nesterov(A(n.nesterov)) {}
-  TL1_INLINE A operator()(A p, A g, A& buffer, A&, A&) const {
-    g = unit * g;
-    g = either(decay != 0, mul_add(decay, p, g), g);
+  bool plain() const { return unit == 1 && decay == 0 && nesterov == 0; }
+  template <bool PLAIN>
+  TL1_INLINE A take(A p, A g, A& buffer, A&, A&) const {
+    if constexpr (!PLAIN) {
+      g = unit * g;
+      g = either(decay != 0, mul_add(decay, p, g), g);
+    }
     buffer = mul_add(gain, g, momentum * buffer);
-    return mul_add(-lr, either(nesterov != 0, mul_add(momentum, buffer, g), buffer), p);
+    A way = buffer;
+    if constexpr (!PLAIN) way = either(nesterov != 0, mul_add(momentum, buffer, g), buffer);
+    return mul_add(-lr, way, p);
   }
 };
 
@@ -120,11 +132,17 @@ struct AdamRule {
   explicit TL1_INLINE AdamRule(const RuleNumbers& n)
       : unit(A(n.unit)), decay(A(n.decay)), keep(A(n.keep)), lr(A(n.lr)), beta1(A(n.beta1)), rate1(A(n.rate1)),
         beta2(A(n.beta2)), rate2(A(n.rate2)), inverse_root(A(n.inverse_root)), eps(A(n.eps)) {}
-  TL1_INLINE A operator()(A p, A g, A& mean, A& square, A& largest) const {
-    g = unit * g;
-    g = either(decay != 0, mul_add(decay, p, g), g);
-    // torch.lerp's two forms: the other one would cancel a large old mean against itself.
-    mean = either(rate1 < A(0.5), mul_add(rate1, g - mean, mean), mul_add(-beta1, g - mean, g));
+  bool plain() const { return unit == 1 && decay == 0 && rate1 < A(0.5); }
+  template <bool PLAIN>
+  TL1_INLINE A take(A p, A g, A& mean, A& square, A& largest) const {
+    if constexpr (PLAIN) {
+      mean = mul_add(rate1, g - mean, mean);
+    } else {
+      g = unit * g;
+      g = either(decay != 0, mul_add(decay, p, g), g);
+      // torch.lerp's two forms: the other one would cancel a large old mean against itself.
+      mean = either(rate1 < A(0.5), mul_add(rate1, g - mean, mean), mul_add(-beta1, g - mean, g));
+    }
     square = mul_add(beta2, square, rate2 * g * g);
     // As torch.maximum: a NaN on either side wins.
     if constexpr (Amsgrad) largest = largest > square || largest != largest ? largest : square;

@@ -314,6 +314,31 @@ def test_a_zero_tensor_and_a_negative_bit_as_gradient_or_parameter():
     assert negative.eq(-0.75).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (tk.ProxSGD, {}),
+        (tk.ProxSGD, {"momentum": 0.9}),
+        (tk.ProxAdam, {}),
+        (tk.ProxAdam, {"amsgrad": True}),
+    ],
+)
+def test_a_plain_step_has_the_bits_of_the_whole_rule(build, optimizer, options, dtype):
+    """A decay that is rounded away leads to the loop of the whole rule, none to the shorter one."""
+    results = []
+    for decay in (0.0, 1e-30):
+        torch.manual_seed(3)
+        p = torch.randn(3, 700).mul_(0.05).to(dtype).requires_grad_()
+        opt = optimizer([p], lr=0.01, weight_decay=decay, lam=0.3, group_by="out", **options)
+        for _ in range(3):
+            p.grad = torch.randn(3, 700).add_(1e-3).to(dtype)
+            opt.step()
+        results.append([p, *(x for x in opt.state[p].values() if torch.is_tensor(x))])
+    for plain, whole in zip(*results, strict=True):
+        assert torch.equal(plain, whole)
+
+
 def test_an_unknown_build_is_an_error_that_names_the_choices(monkeypatch):
     monkeypatch.setenv("TL1KERNELS_CPU", "sse9")
     assert "'sse9'" in tk.info().native
