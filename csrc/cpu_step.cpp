@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -165,23 +166,41 @@ void for_each(size_t n, bool parallel, const F& f) {
   });
 }
 
+// Waits until what `left` counts is done; threads that run are doing it.
+void wait_for(const std::atomic<size_t>& left) {
+  while (left.load(std::memory_order_acquire) > 0) std::this_thread::yield();
+}
+
 void run(const std::vector<Step>& steps, Schedule& plan, RunTile run_tile) {
   constexpr int64_t WORTH_THREADS = 1 << 15;  // weights; less is done before the others wake up
   int64_t weights = 0;
   for (const Step& s : steps) weights += s.blocks * s.outer * schedule::width(s);
   const bool parallel = weights >= WORTH_THREADS;
-  const auto sweep = [&](const std::vector<Tile>& tiles) {
-    for_each(tiles.size(), parallel, [&](size_t i) {
-      run_tile(steps[tiles[i].step], tiles[i], workspace());
-    });
-  };
-  sweep(plan.first);
-  for_each(plan.between.size(), parallel, [&](size_t i) {
-    schedule::reduce(steps[plan.between[i].step], plan.between[i], plan);
+  const size_t lag = 2 * torch::stable::get_num_threads();
+  const std::vector<Task> tasks = schedule::in_order(plan, lag);
+  // Nobody waits for what has not begun: it comes earlier, so a thread has it.
+  for_each(tasks.size(), parallel, [&](size_t i) {
+    const Task& task = tasks[i];
+    Block* const block = task.block;
+    if (task.kind == Task::reduction) {
+      wait_for(block->to_measure);
+      const Reduction& reduction = plan.between[task.index];
+      schedule::reduce(steps[reduction.step], reduction, plan);
+      block->to_reduce.fetch_sub(1, std::memory_order_release);
+      return;
+    }
+    if (task.kind == Task::second) {
+      wait_for(block->to_reduce);
+      const Tile& tile = schedule::take(plan, *block, &workspace());
+      return run_tile(steps[tile.step], tile, workspace());
+    }
+    const Tile& tile = plan.first[task.index];
+    run_tile(steps[tile.step], tile, workspace());
+    if (block) {
+      schedule::finish_of(plan, *block, task.index).measured_by = &workspace();
+      block->to_measure.fetch_sub(1, std::memory_order_release);
+    }
   });
-  // Backwards: the tiles that the first sweep took last may still be in cache.
-  std::reverse(plan.second.begin(), plan.second.end());
-  sweep(plan.second);
 }
 
 // Whether four sizes are those of a view of `numel` elements; no product of them may overflow.

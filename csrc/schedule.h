@@ -6,6 +6,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -17,17 +19,41 @@ namespace tl1 {
 // factors.
 struct Reduction {
   int64_t step;
-  size_t first_tile, last_tile;  // in Schedule::first
-  size_t factors;                // place of the block's first factor in Schedule::factors
+  size_t block;  // in Schedule::blocks
   int64_t group0, group1;
+};
+
+// A block that is swept twice. What is left to do of it is counted down while threads run.
+struct Block {
+  size_t first_tile, last_tile;  // in Schedule::first
+  size_t first_finish;           // of its tiles in Schedule::second, as many
+  size_t first_reduction, last_reduction;
+  size_t factors;  // place of its first factor in Schedule::factors
+  std::atomic<size_t> to_measure, to_reduce;
+};
+
+// A tile of a second sweep. The thread that measured it may have its weights in cache.
+struct Finish {
+  Tile tile;
+  const void* measured_by;
+  std::atomic<bool> taken;
 };
 
 struct Schedule {
   std::vector<Tile> first;    // flat, resident, measure
-  std::vector<Tile> second;   // finish
+  std::deque<Finish> second;  // a deque moves nothing when it grows
   std::vector<Reduction> between;
+  std::deque<Block> blocks;
   std::unique_ptr<double[]> sums;  // each tile clears its own
   std::vector<double> factors;
+};
+
+// What a thread takes next: a tile of the first sweep or a reduction, by index, or one of the tiles of
+// its block's second sweep. Tiles that are swept once have no block.
+struct Task {
+  enum Kind { first, reduction, second } kind;
+  size_t index;
+  Block* block;
 };
 
 namespace schedule {
@@ -41,6 +67,7 @@ constexpr int64_t MEASURE_TILE = 1 << 18;  // weights
 constexpr int64_t REDUCED = 1024;          // groups whose sums one thread adds up
 constexpr int64_t ROW_TILES = 64;          // at most, and
 constexpr int64_t ROWS = 32;               // at least: what bounds the memory of the sums
+constexpr int64_t WHOLE_LINES = 16;        // rows, of any width, that end where a cache line does
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -88,7 +115,8 @@ inline void resident(const Step& s, int64_t index, int64_t base, int64_t strip, 
 
 inline void two_sweeps(const Step& s, int64_t index, int64_t base, Schedule& plan) {
   const int64_t row_width = width(s);
-  const int64_t rows = std::max(ROWS, ceil_div(s.outer, ROW_TILES));
+  const int64_t least = ceil_div(s.outer, ROW_TILES * WHOLE_LINES) * WHOLE_LINES;
+  const int64_t rows = std::max(ROWS, least);
   int64_t columns = std::max(STREAM, MEASURE_TILE / std::min(rows, s.outer));
   if (s.inner < SHORT_RUN) columns = std::min(columns, COLUMNS) / s.inner * s.inner;
   const size_t first_tile = plan.first.size();
@@ -98,10 +126,17 @@ inline void two_sweeps(const Step& s, int64_t index, int64_t base, Schedule& pla
                             std::min(col + columns, row_width), 0, nullptr, nullptr});
     }
   }
+  const size_t n_block = plan.blocks.size();
+  Block& block = plan.blocks.emplace_back();
+  block.first_tile = first_tile, block.last_tile = plan.first.size();
+  block.first_reduction = plan.between.size();
   for (int64_t group = 0; group < s.groups; group += REDUCED) {
-    plan.between.push_back({index, first_tile, plan.first.size(), plan.factors.size(), group,
-                            std::min(group + REDUCED, s.groups)});
+    plan.between.push_back({index, n_block, group, std::min(group + REDUCED, s.groups)});
   }
+  block.last_reduction = plan.between.size();
+  block.to_measure = block.last_tile - block.first_tile;
+  block.to_reduce = block.last_reduction - block.first_reduction;
+  block.factors = plan.factors.size();
   plan.factors.resize(plan.factors.size() + static_cast<size_t>(measures(s) * s.groups));
 }
 
@@ -133,24 +168,70 @@ inline Schedule of(const std::vector<Step>& steps) {
   }
   plan.sums.reset(new double[n_sums]);
   double* sums = plan.sums.get();
-  for (const Reduction& r : plan.between) {
-    if (r.group0 > 0) continue;  // the block's first has set its tiles
-    for (size_t i = r.first_tile; i < r.last_tile; i++) {
+  for (Block& block : plan.blocks) {
+    block.first_finish = plan.second.size();
+    for (size_t i = block.first_tile; i < block.last_tile; i++) {
       Tile& t = plan.first[i];
       t.sums = sums;
       sums += measures(steps[t.step]) * n_groups(t, steps[t.step].inner);
-      plan.second.push_back(t);
-      plan.second.back().phase = Phase::finish;
-      plan.second.back().factors = plan.factors.data() + r.factors;
+      Tile& again = plan.second.emplace_back().tile = t;
+      again.phase = Phase::finish;
+      again.factors = plan.factors.data() + block.factors;
     }
   }
   return plan;
 }
 
+// The order in which threads take all this. A block's second sweep begins `lag` tiles after its first
+// one ends: soon enough to find weights in cache, late enough that threads rarely wait for another.
+inline std::vector<Task> in_order(Schedule& plan, size_t lag) {
+  std::vector<Task> tasks;
+  tasks.reserve(plan.first.size() + plan.between.size() + plan.second.size());
+  size_t n_tiles = 0, next = 0;  // tiles of first sweeps; the block whose second sweep comes next
+  const auto second_sweeps = [&](bool all) {
+    for (; next < plan.blocks.size(); next++) {
+      Block& b = plan.blocks[next];
+      if (!all && n_tiles < b.last_tile + lag) return;
+      for (size_t i = b.first_reduction; i < b.last_reduction; i++) {
+        tasks.push_back({Task::reduction, i, &b});
+      }
+      for (size_t i = b.first_tile; i < b.last_tile; i++) tasks.push_back({Task::second, 0, &b});
+    }
+  };
+  size_t at = 0;  // the block that has not ended yet
+  for (; n_tiles < plan.first.size(); n_tiles++) {
+    second_sweeps(false);
+    if (at < plan.blocks.size() && n_tiles >= plan.blocks[at].last_tile) at++;
+    const bool swept_twice = plan.first[n_tiles].phase == Phase::measure;
+    tasks.push_back({Task::first, n_tiles, swept_twice ? &plan.blocks[at] : nullptr});
+  }
+  second_sweeps(true);
+  return tasks;
+}
+
+// The tile of a block's second sweep, by its index in the first.
+inline Finish& finish_of(Schedule& plan, const Block& b, size_t tile) {
+  return plan.second[b.first_finish + (tile - b.first_tile)];
+}
+
+// Takes a tile of a block's second sweep: one that the thread has measured, or else any; backwards,
+// from what the first sweep left in cache last. There is one for each of the block's tasks.
+inline const Tile& take(Schedule& plan, const Block& b, const void* thread) {
+  for (bool any : {false, true}) {
+    for (size_t i = b.last_tile; i-- > b.first_tile;) {
+      Finish& f = finish_of(plan, b, i);
+      if (!any && f.measured_by != thread) continue;
+      if (!f.taken.load(std::memory_order_relaxed) && !f.taken.exchange(true)) return f.tile;
+    }
+  }
+  __builtin_unreachable();
+}
+
 // The same for a penalty of whole groups.
 inline void reduce_coupled(const Step& s, const Reduction& r, Schedule& plan) {
-  const Measures all = Measures::in(plan.factors.data() + r.factors, s.groups);
-  for (size_t i = r.first_tile; i < r.last_tile; i++) {
+  const Block& block = plan.blocks[r.block];
+  const Measures all = Measures::in(plan.factors.data() + block.factors, s.groups);
+  for (size_t i = block.first_tile; i < block.last_tile; i++) {
     const Tile& t = plan.first[i];
     const int64_t first = t.col0 / s.inner, n = n_groups(t, s.inner);
     const int64_t group1 = std::min(r.group1, first + n);
@@ -166,8 +247,9 @@ inline void reduce_coupled(const Step& s, const Reduction& r, Schedule& plan) {
 
 inline void reduce(const Step& s, const Reduction& r, Schedule& plan) {
   if (s.coupled >= 0) return reduce_coupled(s, r, plan);
-  double* factors = plan.factors.data() + r.factors;
-  for (size_t i = r.first_tile; i < r.last_tile; i++) {
+  const Block& block = plan.blocks[r.block];
+  double* factors = plan.factors.data() + block.factors;
+  for (size_t i = block.first_tile; i < block.last_tile; i++) {
     const Tile& t = plan.first[i];
     const int64_t first = t.col0 / s.inner, end = first + n_groups(t, s.inner);
     const int64_t group0 = std::max(r.group0, first), group1 = std::min(r.group1, end);

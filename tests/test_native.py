@@ -167,7 +167,7 @@ __global__ void step(float* p, const float* g, float* m, float* v, tl1::RuleNumb
   const tl1::TransformedL1<float> penalty(c);
   const int i = threadIdx.x;
   float unused = 0;
-  const float t = rule(p[i], g[i], m[i], v[i], unused);
+  const float t = rule.take<false>(p[i], g[i], m[i], v[i], unused);
   penalty.with_prox([&](auto prox) { p[i] = fabsf(t) <= penalty.cut ? 0.0f : prox(fabsf(t)); });
 }
 """
@@ -312,6 +312,29 @@ def test_a_zero_tensor_and_a_negative_bit_as_gradient_or_parameter():
     with pytest.warns(RuntimeWarning, match="negative bit"):
         tk.prox_(negative, 0.25, penalty="l1")
     assert negative.eq(-0.75).all()
+
+
+def test_second_sweeps_between_first_ones_change_no_bit(build, threads):
+    """Many tensors at once, some swept twice, as each of them by itself on one thread."""
+    shapes = [(300, 700), (4096, 64), (5, 7), (1000, 5), (16, 8, 3, 3), (2000, 300)] * 4
+
+    def step(n_threads, alone):
+        threads(n_threads)
+        torch.manual_seed(5)
+        params = [torch.randn(shape).mul_(0.05).requires_grad_() for shape in shapes]
+        for p in params:
+            p.grad = torch.randn_like(p).mul_(0.01)
+        for batch in [[p] for p in params] if alone else [params]:
+            tk.ProxSGD(batch, lr=0.1, lam=0.02, group_by="in").step()
+        return params
+
+    views = [view_of(torch.empty(shape), "in") for shape in shapes]
+    tiles = [OPS.cpu_tiles(v.blocks, v.outer, v.groups, v.inner)[::7] for v in views]
+    assert {2 in phases for phases in tiles} == {True, False}  # measured, and swept once
+    want = step(1, alone=True)
+    for n_threads in (1, 2, 3, 8):
+        got = step(n_threads, alone=False)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -232,9 +232,10 @@ class Block {
   TL1_DEVICE void advance(Weights& w, const Numbers& c, A (&t)[N]) const {
     A none = 0;
     _Pragma("unroll") for (int i = 0; i < N; i++) {
-      t[i] = c.rule.template take<false>(load(w.p[i]), load(w.g[i]), C::STATES > 0 ? w.s[0][i] : none,
-                  C::STATES > 1 ? w.s[C::STATES > 1 ? 1 : 0][i] : none,
-                  C::STATES > 2 ? w.s[C::STATES > 2 ? 2 : 0][i] : none);
+      t[i] = c.rule.template take<false>(load(w.p[i]), load(w.g[i]),
+                                         C::STATES > 0 ? w.s[0][i] : none,
+                                         C::STATES > 1 ? w.s[C::STATES > 1 ? 1 : 0][i] : none,
+                                         C::STATES > 2 ? w.s[C::STATES > 2 ? 2 : 0][i] : none);
     }
     if constexpr (!C::COUPLED) {
       c.prox.with_prox([&](auto f) {
