@@ -11,6 +11,7 @@ import torch
 import tl1kernels as tk
 from tests.common import gpu_backend
 from tl1kernels import backends
+from tl1kernels.backends import triton_schedule
 from tl1kernels.bench.cases import (
     LR,
     MODELS,
@@ -26,11 +27,11 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU", allow_module_level=True)
 
 SIZE = 8192
-# group_by, the lists of work that a step on a large matrix may have; by backend.
+# group_by, and the work that a step on a large matrix must be, by backend: see `work_of`.
 GROUPS = {
-    "rows": ("out", {"triton": {"resident"}, "cuda": {"chunks"}}),
-    "columns": ("in", {"triton": {"split"}, "cuda": {"held"}}),
-    "no groups": (None, {"triton": {"resident"}, "cuda": {"chunks"}}),
+    "rows": ("out", {"triton": {"resident"}, "cuda": {"run"}}),
+    "columns": ("in", {"triton": {"split"}, "cuda": {"panel, by teams"}}),
+    "no groups": (None, {"triton": {"resident"}, "cuda": {"chunk"}}),
 }
 OF_COPY = {  # of the measured copy bandwidth
     "triton": {"rows": 0.9, "columns": 0.8, "no groups": 0.9},
@@ -49,30 +50,28 @@ def copy_of(n_bytes):
 backend = pytest.fixture(autouse=True, params=["triton", "cuda"])(gpu_backend)
 
 
-def work_of(plan):
-    """Return the names of a schedule's lists that are not empty."""
-    lists = {
-        name: getattr(of, "items", of)
-        for name in ("resident", "split", "chunks", "held")
-        if (of := getattr(plan, name, None)) is not None
-    }
-    return {name for name, items in lists.items() if len(items)}
+def work_of(step):
+    """Return what a step that has been taken consists of: its kernels, or shapes of work."""
+    (_, batch), *_ = step.__self__._planned.batches._prepared
+    plan = batch.layouts["plan"]
+    if isinstance(plan, triton_schedule.Schedule):
+        return {name for name in ("resident", "split") if len(getattr(plan, name).items)}
+    shapes = ("chunk", "panel", "run")
+    by_teams = ", by teams" if plan.most_pieces > 1 else ""
+    names = {shapes[kind >> 1 & 3] + by_teams for kind in plan.resident[:, 1].tolist()}
+    return names | ({"split"} if len(plan.split) else set())
 
 
-def check_step(rule, dtype, group_by, kernels):
-    """Compare two steps with the reference's, and the work with what the case is about."""
+def check_step(rule, dtype, group_by):
+    """Compare two steps with the reference's."""
     results = []
-    chosen = backends.asked_for()
-    for backend in (chosen, "reference"):
+    for backend in (backends.asked_for(), "reference"):
         torch.manual_seed(1)
         p = fresh((1024, 1024), dtype, "cuda")
         step = step_of(rule, p, group_by=group_by, **REGULARIZER)
         with tk.use_backend(backend):
             step()
             step()  # whose plan is kept
-        if backend == chosen:
-            (_, batch), *_ = step.__self__._planned.batches._prepared
-            assert work_of(batch.layouts["plan"]) == kernels[chosen]
         results.append(p.detach())
     got, want = results
     tolerance = 8 * torch.finfo(dtype).eps * want.abs().max().item()
@@ -83,8 +82,8 @@ def check_step(rule, dtype, group_by, kernels):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_one_large_tensor(against_on_gpu, backend, groups, rule, dtype):
-    group_by, kernels = GROUPS[groups]
-    check_step(rule, dtype, group_by, kernels)
+    group_by, work = GROUPS[groups]
+    check_step(rule, dtype, group_by)
     p = fresh((SIZE, SIZE), dtype, "cuda")
     n_bytes = step_bytes(rule, [p])
     peers, bounds = {COPY: copy_of(n_bytes)}, {COPY: 1 / OF_COPY[backend][groups]}
@@ -97,6 +96,8 @@ def test_one_large_tensor(against_on_gpu, backend, groups, rule, dtype):
     name = str(dtype).removeprefix("torch.")
     ours = step_of(rule, p, group_by=group_by, **REGULARIZER)
     case = f"{backend}, {rule}, {groups} {SIZE}x{SIZE}, {name}"
+    ours()
+    assert work_of(ours) == work[backend]
     against_on_gpu(case, ours, peers, bounds, n_bytes)
 
 

@@ -74,10 +74,20 @@ class Code:
         return sum(self.instructions.values()) - self.count("NOP")
 
 
+def tile_of(tile: str, rule: str, dtype: torch.dtype) -> triton_schedule.Tile:
+    """Return how many weights a program takes of this kind of tile, and its warps."""
+    if TILES[tile][0] is kernels.split_kernel:
+        return triton_schedule.split_tile(STATES[rule])
+    longest = int(tile.removeprefix("rows ")) if tile != "flat" else 0
+    of = triton_schedule.resident_tile(longest, dtype.itemsize, STATES[rule])
+    return triton_schedule.Tile(max(of.weights, longest), of.warps)
+
+
 def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=False, copies=None):
     """Compile one kind of tile for a target; return Triton's compiled kernel."""
     kernel, kind = TILES[tile]
     advance, apply = triton_math.RULES[rule]
+    of = tile_of(tile, rule, dtype)
     constants = {
         "Advance": advance,
         "Apply": apply,
@@ -89,12 +99,12 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=F
         "A": _named(state_dtype(dtype)),
         "VECTOR": 16 // dtype.itemsize,
         "KINDS": 1 << (kind + aligned),
-        "TILE": triton_schedule.TILE,
+        "TILE": of.weights,
         "ROWS": triton_schedule.ROWS,
         "COLUMNS": triton_schedule.COLUMNS,
         **({} if stochastic else {"seed": None}),
     }
-    return _compile(kernel, constants, dtype, triton_launch.WARPS, target)
+    return _compile(kernel, constants, dtype, of.warps, target)
 
 
 def compiled_prepare(rule, penalty, dtype, counters=False, target=H200):
@@ -152,10 +162,10 @@ def code_of(compiled_kernel) -> Code:
     return Code(*map(int, found.groups()), Counter(line.findall(sass)))
 
 
-def weights_per_thread(tile: str) -> float:
+def weights_per_thread(tile: str, rule: str, dtype: torch.dtype) -> float:
     """Return how many weights a thread of a tile takes."""
-    weights = 8192 if tile == "rows 8192" else triton_schedule.TILE
-    return weights / (32 * triton_launch.WARPS)
+    of = tile_of(tile, rule, dtype)
+    return of.weights / (32 * of.warps)
 
 
 def bytes_per_weight(rule: str, dtype: torch.dtype) -> int:
@@ -170,7 +180,7 @@ def main() -> None:
     for dtype, rule, tile in product(DTYPES, RULES, (*ONE_PASS, *TWO_PASSES)):
         budget = SLOTS_PER_BYTE * bytes_per_weight(rule, dtype)
         code = code_of(compiled(tile, rule, "tl1", dtype))
-        n = weights_per_thread(tile)
+        n = weights_per_thread(tile, rule, dtype)
         name = f"{str(dtype).removeprefix('torch.')} {rule} {tile}"
         print(
             f"{name:34}{code.registers:>10}{code.slots / n:>8.1f}{budget:>8.0f}"

@@ -130,9 +130,19 @@ TL1_INLINE float from_bits(int32_t bits) {
 // min(x, limit) for x >= 0, limit for NaN; and max(x, 0), where a NaN without a sign stays. Floats
 // without a sign are in the order of their bits, and integers have one instruction for these.
 TL1_INLINE float at_most(float x, float limit) {
+#ifdef __CUDA_ARCH__
+  return fminf(x, limit);
+#endif
   return from_bits(bits_of(x) < bits_of(limit) ? bits_of(x) : bits_of(limit));
 }
-TL1_INLINE float at_least_0(float x) { return from_bits(bits_of(x) > 0 ? bits_of(x) : 0); }
+TL1_INLINE float at_least_0(float x) {
+#ifdef __CUDA_ARCH__
+  float most;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(most) : "f"(x));
+  return most;
+#endif
+  return from_bits(bits_of(x) > 0 ? bits_of(x) : 0);
+}
 
 // c_I + c_(I + 1) x + ... by Horner's rule; recursions, since a loop within a loop is not vectorised.
 template <class Series, int I = 0, class A>

@@ -80,7 +80,7 @@ struct Assign {
   static constexpr int STATES = 0;
   static constexpr bool COUNTS = false;
   explicit TL1_INLINE Assign(const RuleNumbers&) {}
-  static constexpr bool plain() { return false; }  // there is nothing to leave out
+  TL1_INLINE static constexpr bool plain() { return false; }  // there is nothing to leave out
   template <bool>
   TL1_INLINE A take(A, A g, A&, A&, A&) const { return g; }
 };
@@ -91,7 +91,7 @@ struct Sgd {
   static constexpr bool COUNTS = false;
   A lr, decay;  // in the gradient's unit; a power of two leaves every rounding as it is
   explicit TL1_INLINE Sgd(const RuleNumbers& n) : lr(A(n.unit * n.lr)), decay(A(n.decay / n.unit)) {}
-  bool plain() const { return decay == 0; }
+  TL1_INLINE bool plain() const { return decay == 0; }
   template <bool PLAIN>
   TL1_INLINE A take(A p, A g, A&, A&, A&) const {
     // Not (1 - lr * decay) * p: an infinite weight turns into torch's NaN.
@@ -109,7 +109,7 @@ struct SgdMomentum {
   explicit TL1_INLINE SgdMomentum(const RuleNumbers& n)
       : unit(A(n.unit)), decay(A(n.decay)), lr(A(n.lr)), momentum(A(n.momentum)),
         gain(A(n.gain)), nesterov(A(n.nesterov)) {}
-  bool plain() const { return unit == 1 && decay == 0 && nesterov == 0; }
+  TL1_INLINE bool plain() const { return unit == 1 && decay == 0 && nesterov == 0; }
   template <bool PLAIN>
   TL1_INLINE A take(A p, A g, A& buffer, A&, A&) const {
     if constexpr (!PLAIN) {
@@ -132,7 +132,7 @@ struct AdamRule {
   explicit TL1_INLINE AdamRule(const RuleNumbers& n)
       : unit(A(n.unit)), decay(A(n.decay)), keep(A(n.keep)), lr(A(n.lr)), beta1(A(n.beta1)), rate1(A(n.rate1)),
         beta2(A(n.beta2)), rate2(A(n.rate2)), inverse_root(A(n.inverse_root)), eps(A(n.eps)) {}
-  bool plain() const { return unit == 1 && decay == 0 && rate1 < A(0.5); }
+  TL1_INLINE bool plain() const { return unit == 1 && decay == 0 && rate1 < A(0.5); }
   template <bool PLAIN>
   TL1_INLINE A take(A p, A g, A& mean, A& square, A& largest) const {
     if constexpr (PLAIN) {

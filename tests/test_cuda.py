@@ -26,89 +26,93 @@ SHAPES = {schedule.CHUNK_SHAPE: "chunk", schedule.PANEL_SHAPE: "panel", schedule
 PHASES = {schedule.HELD_PHASE: "", schedule.FIRST: " first", schedule.SECOND: " second"}
 
 
-def planned(views, aligned=True, vector=4, ranks=8, coupled=False):
+def planned(views, aligned=True, vector=4, blocks=264, coupled=False):
     aligned = [aligned] * len(views)
     arithmetic = 8 if vector == 2 else 4
-    return schedule.plan(views, aligned, vector, arithmetic, ranks, coupled)
+    return schedule.plan(views, aligned, vector, arithmetic, blocks, coupled)
 
 
 def names(plan):
     """Return what the kinds of work are called, and who does it."""
     of = set()
-    for who in ("chunks", "held", "split"):
-        for kind in np.unique(getattr(plan, who)[:, 1]):
+    for who in ("resident", "split"):
+        for index, kind in np.unique(getattr(plan, who)[:, :2], axis=0):
             name = SHAPES[kind >> 1 & 3] + PHASES[kind >> 3] + ("" if kind & 1 else " by weight")
-            of.add(f"{name} {who}")
+            of.add(f"{name}, {'a team' if plan.layout[index, 9] > 1 else 'alone'}")
     return of
 
 
-# shape, group_by, work with clusters, without
+TWO_PANELS = {"panel first, a team", "panel second, a team"}
+TWO_RUNS = {"run first, a team", "run second, a team"}
+# shape, group_by, work on an H200, and on a GPU that runs two blocks
 TABLE = [
-    ((4096, 4096), None, {"chunk chunks"}, None),
-    ((4099,), None, {"chunk chunks", "chunk by weight chunks"}, None),
-    ((4096, 4096), 0, {"chunk chunks"}, None),
-    ((64, 147), 0, {"chunk by weight chunks"}, None),
-    ((512, 512, 3, 3), 0, {"chunk chunks"}, None),
-    ((20, 30, 3, 3), "filter_slice", {"chunk by weight chunks"}, None),
-    ((3, 8192), 0, {"chunk chunks"}, None),
-    ((3, 50_000), 0, {"run held"}, {"run first split", "run second split"}),
-    ((4096, 4096), 1, {"panel held"}, {"panel first split", "panel second split"}),
-    ((4096, 4097), 1, {"panel by weight held"}, None),
-    ((64, 256), 1, {"panel chunks"}, {"panel chunks"}),
-    ((256, 128, 3, 3), 1, {"panel held"}, {"panel first split", "panel second split"}),
-    ((256, 16, 10, 10), 1, {"run held"}, {"run first split", "run second split"}),
-    ((50_257, 768), 1, {"panel first split", "panel second split"}, None),
-    ((64, 64), "layer", {"chunk chunks"}, None),
-    ((300, 300), "layer", {"run held"}, {"run first split", "run second split"}),
-    ((4096, 4096), "layer", {"run first split", "run second split"}, None),
+    ((4096, 4096), None, {"chunk, alone"}, {"chunk, alone"}),
+    ((4099,), None, {"chunk, alone", "chunk by weight, alone"}, None),
+    ((4096, 2048), 0, {"chunk, alone"}, {"chunk, alone"}),
+    ((4096, 4096), 0, {"chunk, alone"}, {"chunk, alone"}),
+    ((4096, 4100), 0, {"run, alone"}, {"run, alone"}),
+    ((64, 147), 0, {"chunk by weight, alone"}, None),
+    ((512, 512, 3, 3), 0, {"run, alone"}, None),
+    ((20, 30, 3, 3), "filter_slice", {"chunk by weight, alone"}, None),
+    ((3, 8192), 0, {"run, alone"}, {"run, alone"}),
+    ((3, 50_000), 0, {"run, a team"}, TWO_RUNS),
+    ((4096, 4096), 1, {"panel, a team"}, TWO_PANELS),
+    ((4096, 4097), 1, {"panel by weight, a team"}, None),
+    ((64, 256), 1, {"panel, alone"}, {"panel, alone"}),
+    ((256, 128, 3, 3), 1, {"panel, a team"}, {"panel, a team"}),
+    ((256, 16, 10, 10), 1, {"run, a team"}, TWO_RUNS),
+    ((50_257, 768), 1, {"panel, a team"}, TWO_PANELS),
+    ((64, 64), "layer", {"chunk, alone"}, None),
+    ((90, 90), "layer", {"run, alone"}, None),
+    ((300, 300), "layer", {"run, a team"}, TWO_RUNS),
+    ((4096, 4096), "layer", TWO_RUNS, TWO_RUNS),
 ]
 
 
-@pytest.mark.parametrize(("shape", "group_by", "clusters", "without"), TABLE)
-def test_every_range_of_views_takes_its_work(shape, group_by, clusters, without):
+@pytest.mark.parametrize(("shape", "group_by", "on_h200", "on_two_blocks"), TABLE)
+def test_every_range_of_views_takes_its_work(shape, group_by, on_h200, on_two_blocks):
     """The table at the top of cuda_schedule.py."""
     view = view_of(torch.empty(shape, device="meta"), group_by)
-    assert names(planned([view])) == clusters
-    if without is not None:
-        assert names(planned([view], ranks=1)) == without
+    assert names(planned([view])) == on_h200
+    if on_two_blocks is not None:
+        assert names(planned([view], blocks=2)) == on_two_blocks
     assert all("by weight" in name for name in names(planned([view], aligned=False)))
 
 
 @given(
     st.tuples(*[st.integers(1, 3), st.integers(1, 9000), st.integers(1, 300), st.integers(1, 900)]),
     st.sampled_from([2, 4, 8]),
-    st.sampled_from([1, 2, 8]),
+    st.sampled_from([1, 2, 264]),
     st.booleans(),
     st.booleans(),
 )
 def test_no_block_has_more_than_it_can_hold_and_pieces_have_all(
-    sizes, vector, ranks, at_16, coupled
+    sizes, vector, blocks_at_once, at_16, coupled
 ):
     view = GroupView((), *sizes, grouped=True)
-    plan = planned([view], at_16, vector, ranks, coupled)
+    plan = planned([view], at_16, vector, blocks_at_once, coupled)
     blocks, outer, groups, inner = sizes
     (row,) = plan.layout.tolist()
     assert row[:4] == [outer, groups, inner, math.prod(sizes)]
     _, _, _, _, span, width, lanes, rows, columns, pieces, across, *_ = row
-    measure = 40 if vector == 2 else 24
-    bytes_shared = plan.parts * (measure if coupled else 8) + plan.outcomes * measure
-    bytes_shared += plan.waiting * (8 if vector == 2 else 4)
-    assert bytes_shared <= 180 << 10  # of 227 on Hopper
-    if len(plan.held) == 0:
-        assert bytes_shared <= 96 << 10  # of 99 on the smallest GPU
-    shapes = {kind >> 1 & 3 for kind in [*plan.chunks[:, 1], *plan.held[:, 1], *plan.split[:, 1]]}
+    arithmetic = 8 if vector == 2 else 4
+    measure = (40 if vector == 2 else 24) if coupled else arithmetic  # and an outcome's bytes
+    bytes_shared = (plan.parts + plan.outcomes) * measure + plan.waiting * arithmetic
+    assert bytes_shared <= 96 << 10  # of 99 on the smallest GPU; Hopper has room for two
+    shapes = {kind >> 1 & 3 for kind in [*plan.resident[:, 1], *plan.split[:, 1]]}
     assert len(shapes) == 1
     assert lanes & (lanes - 1) == 0
     assert 0 < lanes <= schedule.THREADS
-    items = len(plan.chunks) + len(plan.held) + len(plan.split)
+    items = len(plan.resident) + len(plan.split)
     if shapes == {schedule.CHUNK_SHAPE}:
         assert span % width == 0
         assert items == -(-math.prod(sizes) // span)
         return
+    assert plan.most_pieces == (1 if len(plan.split) else pieces) <= blocks_at_once
     assert -(-pieces // across) * rows >= outer
     assert across * columns >= span
     teams = blocks * (groups if shapes == {schedule.RUN_SHAPE} else -(-groups * inner // span))
-    assert items == teams * (2 * pieces if len(plan.split) else 1)
+    assert items == teams * pieces * (2 if len(plan.split) else 1)
     assert lanes >= 2
     if shapes == {schedule.PANEL_SHAPE}:
         assert span % inner == 0
@@ -119,7 +123,7 @@ def test_split_pieces_come_in_an_order_in_which_nobody_waits_for_ever():
     """A team's second pass begins after all of its first; and not much later."""
     shapes = [((5000, 700), 1), ((5, 300_000), 0), ((1300, 15, 3, 3), 1), ((640, 3), 1)]
     views = [view_of(torch.empty(shape, device="meta"), group_by) for shape, group_by in shapes]
-    plan = planned(views, ranks=1)
+    plan = planned(views, blocks=1)
     last, begun = {}, {}
     for at, (index, kind, of_tensor, _) in enumerate(plan.split.tolist()):
         team = (index, of_tensor)
@@ -135,7 +139,7 @@ def test_split_pieces_come_in_an_order_in_which_nobody_waits_for_ever():
 
 def test_the_memory_of_sums_is_a_64th_of_the_weights_at_most():
     for shape, group_by in (((4096, 4096), 1), ((2, 2**22), 0), ((3000, 300, 3, 3), 1)):
-        plan = planned([view_of(torch.empty(shape, device="meta"), group_by)], ranks=1)
+        plan = planned([view_of(torch.empty(shape, device="meta"), group_by)], blocks=1)
         assert 0 < plan.n_partials * schedule.PANEL <= math.prod(shape) / 60
 
 
@@ -158,7 +162,7 @@ def test_indices_beyond_2_to_the_31():
         GroupView((), 1, 2**17, 2**16, 1, grouped=True),
     ):
         plan = planned([view])
-        for items in (plan.chunks, plan.held, plan.split):
+        for items in (plan.resident, plan.split):
             assert items.dtype == np.int32
             assert (items >= 0).all()
         assert (plan.layout >= 0).all()
@@ -195,9 +199,10 @@ def test_a_model_of_one_dtype_is_one_op_of_two_launches(monkeypatch):
 @pytest.mark.parametrize("view", [(50, 40, 3), (1, 30, 37), (1, 1, 3000), (7, 3, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0, 1, 8])
-@pytest.mark.parametrize("ranks", [1, 8])
-def test_nothing_outside_the_tensor_is_written(monkeypatch, view, dtype, offset, ranks):
-    for name, value in {"ALONE": 0, "LONGEST": 16, "RANKS": ranks, "PIECE": 512}.items():
+@pytest.mark.parametrize("blocks", [1, 8])
+def test_nothing_outside_the_tensor_is_written(monkeypatch, view, dtype, offset, blocks):
+    small = {"ALONE": 0, "TILE": 16, "HELD": 4096, "BLOCKS_AT_ONCE": blocks, "PIECE": 512}
+    for name, value in small.items():
         monkeypatch.setattr(schedule, name, value)
     n = math.prod(view)
     memory = torch.full((n + 64,), 7.0, dtype=dtype)
@@ -218,7 +223,7 @@ os.environ["TL1KERNELS_CUDA"] = "emulated"
 from tl1kernels.backends import cuda_schedule as schedule
 from tl1kernels.backends.gpu import ADDRESSES
 plan = schedule.plan
-schedule.RANKS, schedule.ALONE, schedule.PIECE = 1, 0, 512
+schedule.BLOCKS_AT_ONCE, schedule.ALONE, schedule.PIECE = 1, 0, 512
 def faulty(*args, **options):
     made = plan(*args, **options)
     {fault}
@@ -231,7 +236,7 @@ with tk.use_backend("cuda"):
 print("went on")
 """
 FAULTS = {
-    "an access to memory at no multiple of its size": ("made.chunks[:, 1] |= 1", (4097,), None),
+    "an access to memory at no multiple of its size": ("made.resident[:, 1] |= 1", (4097,), None),
     "a block writes beyond its shared memory": (
         "made = dataclasses.replace(made, waiting=made.waiting - 64)",
         (33, 64),
@@ -283,7 +288,7 @@ def test_the_library_for_gpus_loads_beside_any_torch_and_says_what_cuda_says():
         "ops = torch.ops.tl1kernels\n"
         "print(len(ops.cuda_penalty_names().split()))\n"
         "print(ops.cuda_problem(0))\n"
-        "ops.cuda_has_clusters('float32', 'float32', 'adam', 'tl1', 8, 256, 64, 4096, 0)"
+        "ops.cuda_resident_blocks('float32', 'float32', 'adam', 'tl1', 256, 64, 4096, 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     penalties, problem = done.stdout.splitlines()

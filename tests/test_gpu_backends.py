@@ -1,8 +1,8 @@
 """What every backend of kernels for GPUs promises, on each kind of tile and group.
 
 Triton's run on a GPU, or interpreted (TRITON_INTERPRET=1); CUDA's on a GPU, or emulated: as they
-choose, with all that can be in clusters, and with all that can be in two passes. What they share
-with the CPU's kernels is in test_kernels.py.
+choose, with all that can be held by teams of blocks, and with all that can be in two passes. What
+they share with the CPU's kernels is in test_kernels.py.
 """
 
 import math
@@ -32,12 +32,12 @@ VIEWS = {
 }
 GROUPED = [name for name, (_, group_by) in VIEWS.items() if group_by is not None]
 
-# What a schedule is made with, for small tensors to be held by clusters, or split.
-SMALL = {"TILE": 256, "LONGEST": 64, "ALONE": 0}
+# What a schedule is made with, for small tensors to be held by teams of blocks, or split.
+SMALL = {"TILE": 256, "ALONE": 0}
 CUDA = {
     "cuda": {},
-    "cuda in clusters": {**SMALL, "RANKS": 4},  # two of them, emulated
-    "cuda in two passes": {**SMALL, "RANKS": 1, "PIECE": 512, "LAG": 4},
+    "cuda in teams": {**SMALL, "HELD": 4096},
+    "cuda in two passes": {**SMALL, "BLOCKS_AT_ONCE": 1, "PIECE": 512, "LAG": 4},
 }
 
 
@@ -251,7 +251,7 @@ def test_a_change_of_numbers_keeps_the_tiles(gpu, monkeypatch):
         optimizer.step()
         scheduler.step()
         optimizer.param_groups[0]["lam"] *= 2
-    assert len(planned) in (1, 2)  # a second one where there are no clusters
+    assert len(planned) in (1, 2)  # a second one where fewer blocks run at a time than it takes
 
 
 def test_what_the_backend_rejects(gpu):

@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # name: shape, group_by, kinds of tiles
 VIEWS = {
-    "no groups": ((3, 1300), None, {"flat"}),
+    "no groups": ((3, 300), None, {"flat"}),
     "no groups, full tiles": ((4, 4096), None, {"flat aligned"}),
     "no groups, a full tile and a rest": ((4099,), None, {"flat aligned", "flat"}),
     "rows of one": ((50, 1), 0, {"rows 1"}),
@@ -77,16 +77,16 @@ def test_every_range_of_views_takes_its_tile(name):
     """The table at the top of triton_schedule.py."""
     shape, group_by, want = VIEWS[name]
     view = view_of(torch.empty(shape), group_by)
-    assert kinds_of(triton_schedule.plan([view], [True], 4)) == want
+    assert kinds_of(triton_schedule.plan([view], [True], 4, 0)) == want
     unaligned = {kind.removesuffix(" aligned") for kind in want}
-    assert kinds_of(triton_schedule.plan([view], [False], 4)) == unaligned
+    assert kinds_of(triton_schedule.plan([view], [False], 4, 0)) == unaligned
 
 
 def test_split_tiles_come_in_an_order_in_which_nobody_waits_for_ever():
     """A team's second pass begins after all of its first; and not much later."""
     shapes = [((300, 700), 1), ((5, 40_000), 0), ((130, 15, 3, 3), 1), ((64, 3), 1)]
     views = [view_of(torch.empty(shape), group_by) for shape, group_by in shapes]
-    schedule = triton_schedule.plan(views, [True] * len(views), 4)
+    schedule = triton_schedule.plan(views, [True] * len(views), 4, 0)
     last, begun = {}, {}
     for at, (index, kind, of_tensor, _) in enumerate(schedule.split.items.tolist()):
         phase = kind // 2 % 3
@@ -103,7 +103,7 @@ def test_split_tiles_come_in_an_order_in_which_nobody_waits_for_ever():
 def test_the_memory_of_sums_is_a_64th_of_the_weights_at_most():
     for shape, group_by in (((4096, 4096), 1), ((2, 2**22), 0), ((3000, 300, 3, 3), 1)):
         view = view_of(torch.empty(shape, device="meta"), group_by)
-        schedule = triton_schedule.plan([view], [True], 4)
+        schedule = triton_schedule.plan([view], [True], 4, 0)
         assert schedule.n_partials <= math.prod(shape) / 60
         assert schedule.n_factors <= 9 * view.n_groups
 
@@ -115,7 +115,7 @@ def test_indices_beyond_2_to_the_31():
         GroupView((), 1, 2**17, 2**16, 1, grouped=True),
         GroupView((), 1, 1, 1, 2**33, grouped=True),
     ):
-        schedule = triton_schedule.plan([view], [True], 4)
+        schedule = triton_schedule.plan([view], [True], 4, 0)
         items = np.concatenate([schedule.resident.items, schedule.split.items])
         assert items.dtype == np.int32
         assert (items >= 0).all()

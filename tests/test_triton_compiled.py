@@ -79,7 +79,8 @@ def test_master_weights_are_a_binary_for_every_gpu(target):
     code = triton_sass.code_of(
         triton_sass.compiled("flat", "adam", "tl1", torch.float32, copies=torch.bfloat16)
     )
-    n_bytes = triton_sass.weights_per_thread("flat") * (4 + 2 + 8)  # read, and as many written
+    weights = triton_sass.weights_per_thread("flat", "adam", torch.float32)
+    n_bytes = weights * (4 + 2 + 8)  # read, and as many written
     assert code.instructions["LDG.E.128"] == n_bytes / 16
     assert code.instructions["STG.E.128"] == code.count("STG") == n_bytes / 16
     assert (code.stack, code.local) == (0, 0)
@@ -114,7 +115,7 @@ def test_on_hopper_nothing_is_spilled(tile, dtype):
 def test_on_hopper_aligned_tiles_are_16_byte_accesses_within_the_budget(tile, rule, dtype):
     code = triton_sass.code_of(triton_sass.compiled(tile, rule, "tl1", dtype))
     assert (code.stack, code.local) == (0, 0)
-    weights = triton_sass.weights_per_thread(tile)
+    weights = triton_sass.weights_per_thread(tile, rule, dtype)
     wide = torch.float32.itemsize * STATES[rule]
     read, written = weights * (2 * dtype.itemsize + wide), weights * (dtype.itemsize + wide)
     assert code.instructions["LDG.E.128"] == read / 16

@@ -1,12 +1,10 @@
-// What a thread can ask of its block and its cluster: on a GPU, or emulated on the host.
+// What a thread can ask of its block and of others: on a GPU, or emulated on the host.
 
 #pragma once
 
 #include <stdint.h>
 
 #ifdef __CUDACC__
-#include <cooperative_groups.h>
-
 #define TL1_DEVICE __device__ __forceinline__
 
 namespace tl1::gpu {
@@ -55,29 +53,22 @@ TL1_DEVICE void store_global(const T& x, T* at) {
     asm volatile("st.global.u16 [%0], %1;" :: "l"(to), "h"(static_cast<uint16_t>(raw[0])) : "memory");
   }
 }
+// Begins to bring n elements to the L2 cache: whole vectors of 16 bytes, from a multiple of 16 on.
+template <class T>
+TL1_DEVICE void prefetch_global(const T* at, int n) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t bytes = n * static_cast<uint32_t>(sizeof(T)) / 16 * 16;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+               :: "l"(__cvta_generic_to_global(at)), "r"(bytes) : "memory");
+#endif
+}
+TL1_DEVICE int exponent_of(int power_of_two) { return __ffs(power_of_two) - 1; }
 TL1_DEVICE uint32_t product_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 template <class T>
 TL1_DEVICE T shuffle_xor(T x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
-// Clusters: blocks that can read each other's shared memory, from sm_90 on. Else each is its own.
-#if __CUDA_ARCH__ >= 900
-TL1_DEVICE int rank() { return cooperative_groups::this_cluster().block_rank(); }
-TL1_DEVICE int ranks() { return cooperative_groups::this_cluster().num_blocks(); }
-TL1_DEVICE void cluster_sync() { cooperative_groups::this_cluster().sync(); }
-template <class T>
-TL1_DEVICE const T* of_rank(T* mine, int r) {
-  return cooperative_groups::this_cluster().map_shared_rank(mine, r);
-}
-#else
-TL1_DEVICE int rank() { return 0; }
-TL1_DEVICE int ranks() { return 1; }
-TL1_DEVICE void cluster_sync() { __syncthreads(); }
-template <class T>
-TL1_DEVICE const T* of_rank(T* mine, int) { return mine; }
-#endif
-
 // Between blocks. What was written before `arrive` or `announce`, by any thread of the block, is
-// seen after the last `arrive`, or after `await`.
+// seen after the last `arrive`, or after `await`, which returns when a counter has a value.
 TL1_DEVICE int take_ticket(int32_t* counter) { return atomicAdd(counter, 1); }
 TL1_DEVICE int arrive(int32_t* counter) {
   __threadfence();
@@ -89,9 +80,12 @@ TL1_DEVICE void announce(int32_t* flag) {
   __threadfence();
   atomicExch(flag, 1);
 }
-TL1_DEVICE void await(int32_t* flag) {
-  while (atomicAdd(flag, 0) == 0) __nanosleep(100);
-  __threadfence();
+TL1_DEVICE void await(int32_t* counter, int value) {
+  int32_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                 : "=r"(seen) : "l"(__cvta_generic_to_global(counter)) : "memory");
+  } while (seen < value);
 }
 // What another block has written, which no cache of this one may have.
 template <class T>

@@ -1,7 +1,7 @@
 // A GPU's blocks on the host: for tests of the kernels' indexing, reductions and barriers.
 //
-// The threads of a cluster are fibers, which go on in turn until the next barrier. Clusters run one
-// after the other. What a GPU would do in silence, or never end, ends the program with a word.
+// The threads of a grid are fibers, which go on in turn until the next barrier. What a GPU would do in
+// silence, or never end, ends the program with a word.
 
 #pragma once
 
@@ -24,9 +24,8 @@ namespace tl1::gpu {
 class Emulation {
  public:
   // Runs `kernel` in every thread of a grid.
-  static void run(int blocks, int ranks, size_t shared_bytes, const std::function<void()>& kernel) {
-    Emulation machine(blocks, ranks, shared_bytes, kernel);
-    for (int first = 0; first < blocks; first += ranks) machine.run_cluster(first);
+  static void run(int blocks, size_t shared_bytes, const std::function<void()>& kernel) {
+    Emulation(blocks, shared_bytes, kernel).run();
   }
 
   struct Barrier {
@@ -60,11 +59,10 @@ class Emulation {
   }
 
   static inline thread_local Emulation* now = nullptr;
-  int blocks, ranks, first_block = 0;
+  int blocks;
   int current = 0;  // fiber
   long progress = 0;
   std::vector<Barrier> of_warps, of_blocks;
-  Barrier of_cluster;
   std::vector<std::vector<unsigned char>> memory;  // shared, of each block
   std::vector<uint64_t> exchanged;                 // by shuffles, of each fiber
 
@@ -83,14 +81,13 @@ class Emulation {
   bool left = false;  // fibers that are not done
   long before = 0;    // progress, at the beginning of a round
 
-  Emulation(int blocks, int ranks, size_t shared_bytes, const std::function<void()>& kernel)
-      : blocks(blocks), ranks(ranks), of_warps(ranks * THREADS / WARP), of_blocks(ranks),
-        memory(ranks, std::vector<unsigned char>(16 + shared_bytes + GUARD)), exchanged(ranks * THREADS),
-        kernel(kernel), fibers(ranks * THREADS),
-        stacks(static_cast<unsigned char*>(aligned_alloc(64, ranks * THREADS * STACK))) {
+  Emulation(int blocks, size_t shared_bytes, const std::function<void()>& kernel)
+      : blocks(blocks), of_warps(blocks * THREADS / WARP), of_blocks(blocks),
+        memory(blocks, std::vector<unsigned char>(16 + shared_bytes + GUARD)), exchanged(blocks * THREADS),
+        kernel(kernel), fibers(blocks * THREADS),
+        stacks(static_cast<unsigned char*>(aligned_alloc(64, blocks * THREADS * STACK))) {
     for (Barrier& barrier : of_warps) barrier.expected = WARP;
     for (Barrier& barrier : of_blocks) barrier.expected = THREADS;
-    of_cluster.expected = ranks * THREADS;
     now = this;
   }
   ~Emulation() {
@@ -105,8 +102,7 @@ class Emulation {
     now->yield();
   }
 
-  void run_cluster(int first) {
-    first_block = first;
+  void run() {
     // What a kernel does not write, it must not read: a NaN in every type.
     for (auto& bytes : memory) memset(bytes.data(), 0xff, bytes.size());
     for (size_t i = 0; i < fibers.size(); i++) {
@@ -121,7 +117,7 @@ class Emulation {
       left = false;
       before = progress;
       // No local variable counts: it would not outlive the jumps.
-      for (current = 0; current < ranks * THREADS; current++) {
+      for (current = 0; current < blocks * THREADS; current++) {
         if (fibers[current].done) continue;
         left = true;
         if (_setjmp(scheduler)) continue;
@@ -141,12 +137,9 @@ class Emulation {
 };
 
 TL1_DEVICE int thread() { return Emulation::now->current % THREADS; }
-TL1_DEVICE int rank() { return Emulation::now->current / THREADS; }
-TL1_DEVICE int ranks() { return Emulation::now->ranks; }
-TL1_DEVICE int block() { return Emulation::now->first_block + rank(); }
+TL1_DEVICE int block() { return Emulation::now->current / THREADS; }
 TL1_DEVICE int blocks() { return Emulation::now->blocks; }
-inline void sync() { Emulation::now->wait(Emulation::now->of_blocks[rank()]); }
-inline void cluster_sync() { Emulation::now->wait(Emulation::now->of_cluster); }
+inline void sync() { Emulation::now->wait(Emulation::now->of_blocks[block()]); }
 template <class T>
 TL1_DEVICE void load_global(T& x, const T* at) {
   Emulation::check_aligned(at);
@@ -157,16 +150,16 @@ TL1_DEVICE void store_global(const T& x, T* at) {
   Emulation::check_aligned(at);
   *at = x;
 }
+template <class T>
+void prefetch_global(const T* at, int) {
+  if (reinterpret_cast<uintptr_t>(at) % 8) Emulation::fail("a prefetch from no multiple of its size");
+}
+TL1_DEVICE int exponent_of(int power_of_two) { return __builtin_ctz(power_of_two); }
 TL1_DEVICE uint32_t product_high(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 inline unsigned char* aligned(unsigned char* bytes) {
   return bytes + (16 - reinterpret_cast<uintptr_t>(bytes) % 16) % 16;
 }
-TL1_DEVICE unsigned char* shared() { return aligned(Emulation::now->memory[rank()].data()); }
-template <class T>
-const T* of_rank(T* mine, int r) {
-  const size_t offset = reinterpret_cast<unsigned char*>(mine) - shared();
-  return reinterpret_cast<const T*>(aligned(Emulation::now->memory[r].data()) + offset);
-}
+TL1_DEVICE unsigned char* shared() { return aligned(Emulation::now->memory[block()].data()); }
 template <class T>
 T shuffle_xor(T x, int lanes) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -181,8 +174,8 @@ T shuffle_xor(T x, int lanes) {
 inline int take_ticket(int32_t* counter) { return (*counter)++; }
 inline int arrive(int32_t* counter) { return (*counter)++; }
 inline void announce(int32_t* flag) { *flag = 1; }
-inline void await(const int32_t* flag) {
-  while (!*flag) Emulation::now->yield();
+inline void await(const int32_t* counter, int value) {
+  while (*counter < value) Emulation::now->yield();
 }
 template <class T>
 T from_others(const T* at) { return *at; }

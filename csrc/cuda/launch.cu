@@ -27,45 +27,6 @@ __global__ void __launch_bounds__(PREPARE_THREADS)
   prepare<A>(work, int64_t(blockIdx.x) * PREPARE_THREADS + threadIdx.x);
 }
 
-cudaLaunchConfig_t config_of(int ranks, size_t shared_bytes, cudaLaunchAttribute& cluster) {
-  cudaLaunchConfig_t config{};
-  config.blockDim = THREADS;
-  config.dynamicSmemBytes = shared_bytes;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = ranks;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = ranks > 1 ? 1 : 0;
-  return config;
-}
-
-// What a kernel finds room for on a device; asked once.
-int resident_blocks(Kernel kernel, int ranks, size_t shared_bytes, int device) {
-  static std::mutex mutex;
-  static std::map<std::tuple<Kernel, int, size_t, int>, int> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& blocks = known[{kernel, ranks, shared_bytes, device}];
-  if (blocks) return blocks;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes)),
-        "asking for shared memory");
-  if (ranks > 1) {
-    cudaLaunchAttribute cluster;
-    cudaLaunchConfig_t config = config_of(ranks, shared_bytes, cluster);
-    config.gridDim = ranks;
-    check(cudaOccupancyMaxActiveClusters(&blocks, kernel, &config), "counting clusters");
-    blocks *= ranks;
-  } else {
-    int each = 0, processors = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, THREADS, shared_bytes),
-          "counting blocks");
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-          "counting multiprocessors");
-    blocks = each * processors;
-  }
-  return blocks;
-}
-
 }  // namespace
 
 void launch_prepare(const Work& work, bool wide, const Place& place) {
@@ -77,17 +38,46 @@ void launch_prepare(const Work& work, bool wide, const Place& place) {
   check(cudaGetLastError(), "starting prepare");
 }
 
-void launch_tiles(Kernel kernel, const Work& work, int ranks, size_t shared_bytes,
-                  const Place& place) {
-  const int64_t items =
-      std::max({work.n_chunks, work.n_split, work.n_held * ranks, int64_t(1)});
-  const int64_t most = resident_blocks(kernel, ranks, shared_bytes, place.device);
+int resident_blocks(Kernel kernel, size_t shared_bytes, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<Kernel, size_t, int>, int> known;  // asked for once
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] = known.try_emplace({kernel, shared_bytes, device}, 0);
+  if (!is_new) return found->second;
+  check(cudaSetDevice(device), "choosing the device");
+  int most = 0, each = 0, processors = 0;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "reading a kernel's attributes");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking for shared memory");
+  if (shared_bytes + attributes.sharedSizeBytes > static_cast<size_t>(most)) return 0;
+  // For the kernel, not for a launch: what a launch uses less of is free for other blocks.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - static_cast<int>(attributes.sharedSizeBytes)),
+        "asking for shared memory");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, THREADS, shared_bytes),
+        "counting blocks");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+        "counting multiprocessors");
+  return found->second = each * processors;
+}
+
+void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, const Place& place) {
+  const int64_t items = std::max({work.n_resident, work.n_split, int64_t(1)});
+  const int most = resident_blocks(kernel, shared_bytes, place.device);
   STD_TORCH_CHECK(most > 0, "no multiprocessor has room for a block of ", shared_bytes,
                   " bytes of shared memory");
-  cudaLaunchAttribute cluster;
-  cudaLaunchConfig_t config = config_of(ranks, shared_bytes, cluster);
-  config.gridDim = static_cast<unsigned>(std::min((items + ranks - 1) / ranks * ranks, most));
+  // The blocks of a team wait for each other: all of the grid must run, or none of it.
+  cudaLaunchAttribute cooperative;
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(std::min<int64_t>(items, most));
+  config.blockDim = THREADS;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(place.stream);
+  config.attrs = &cooperative;
+  config.numAttrs = work.n_teams > 0;
   void* arguments[] = {const_cast<Work*>(&work)};
   check(cudaLaunchKernelExC(&config, kernel, arguments), "starting the tiles");
 }
@@ -99,18 +89,6 @@ std::string problem_with(Kernel kernel, int device) {
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // so that nobody else finds it
   return cudaGetErrorString(error);
-}
-
-bool has_clusters(Kernel kernel, int ranks, size_t shared_bytes, int device) {
-  check(cudaSetDevice(device), "choosing the device");
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "reading a kernel's attributes");
-  if (attributes.ptxVersion < 90) return false;  // block.h: __CUDA_ARCH__
-  int most = 0;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "asking for shared memory");
-  if (shared_bytes + attributes.sharedSizeBytes > static_cast<size_t>(most)) return false;
-  return resident_blocks(kernel, ranks, shared_bytes, device) > 0;
 }
 
 }  // namespace tl1::gpu

@@ -23,14 +23,13 @@ struct Place {
 
 void launch_prepare(const Work& work, bool wide, const Place& place);
 
-// As many blocks as the device has room for, in clusters of `ranks`, or fewer if that is enough.
-void launch_tiles(Kernel kernel, const Work& work, int ranks, size_t shared_bytes,
-                  const Place& place);
+// As many blocks as the device has room for, or fewer if that is enough; all run at the same time.
+void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, const Place& place);
 
 // Why this kernel cannot run on the device: CUDA's words; "" if it can.
 std::string problem_with(Kernel kernel, int device);
 
-// Whether the device has room for clusters of so many blocks with so much shared memory each.
-bool has_clusters(Kernel kernel, int ranks, size_t shared_bytes, int device);
+// How many blocks with so much shared memory each the device runs at the same time; 0 for none.
+int resident_blocks(Kernel kernel, size_t shared_bytes, int device);
 
 }  // namespace tl1::gpu

@@ -8,7 +8,7 @@
 namespace tl1::gpu {
 namespace {
 
-constexpr int BLOCKS = 8;  // enough for items to be shared out, and for a cluster
+constexpr int BLOCKS = 8;  // at most: enough for items to be shared out, and for a team
 
 }  // namespace
 
@@ -18,13 +18,14 @@ void launch_prepare(const Work& work, bool wide, const Place&) {
   }
 }
 
-void launch_tiles(Kernel kernel, const Work& work, int ranks, size_t shared_bytes, const Place&) {
+void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, const Place&) {
   const auto run = reinterpret_cast<void (*)(const Work&)>(const_cast<void*>(kernel));
-  Emulation::run(BLOCKS, ranks, shared_bytes, [&] { run(work); });
+  const int64_t items = std::max({work.n_resident, work.n_split, int64_t(1)});
+  Emulation::run(static_cast<int>(std::min<int64_t>(items, BLOCKS)), shared_bytes, [&] { run(work); });
 }
 
 std::string problem_with(Kernel, int) { return ""; }
 
-bool has_clusters(Kernel, int ranks, size_t, int) { return BLOCKS % ranks == 0; }
+int resident_blocks(Kernel, size_t, int) { return BLOCKS; }
 
 }  // namespace tl1::gpu

@@ -102,11 +102,11 @@ T* data(const char* name, const Tensor& tensor, ScalarType type, int64_t columns
 }
 
 void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, const Tensor sync,
-                const Tensor partials, const Tensor factors, const Tensor chunks, const Tensor held,
-                const Tensor split, const Tensor grad_scale, const Tensor found_inf,
-                const std::string dtype, const std::string grad_dtype, const std::string rule,
+                const Tensor partials, const Tensor factors, const Tensor resident, const Tensor split,
+                const Tensor grad_scale, const Tensor found_inf, const std::string dtype,
+                const std::string grad_dtype, const std::string rule,
                 const std::optional<std::string> penalty, bool maximize, bool nesterov,
-                bool decoupled, int64_t ranks, int64_t parts, int64_t outcomes, int64_t waiting,
+                bool decoupled, int64_t parts, int64_t outcomes, int64_t waiting, int64_t ahead,
                 int64_t device, int64_t stream) {
   const Chosen chosen = choose(dtype, grad_dtype, rule, penalty);
   const Shared shared = shared_of(chosen, parts, outcomes, waiting);
@@ -125,12 +125,11 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
   work.partials = data<unsigned char>("partials", partials, ScalarType::Byte, 1);
   work.factors = data<unsigned char>("factors", factors, ScalarType::Byte, 1);
   constexpr int ITEM_COLUMNS = sizeof(Item) / sizeof(int32_t);
-  work.chunks = data<const Item>("chunks", chunks, ScalarType::Int, ITEM_COLUMNS);
-  work.n_chunks = chunks.numel() / ITEM_COLUMNS;
-  work.held = data<const Item>("held", held, ScalarType::Int, ITEM_COLUMNS);
-  work.n_held = held.numel() / ITEM_COLUMNS;
+  work.resident = data<const Item>("resident", resident, ScalarType::Int, ITEM_COLUMNS);
+  work.n_resident = resident.numel() / ITEM_COLUMNS;
   work.split = data<const Item>("split", split, ScalarType::Int, ITEM_COLUMNS);
   work.n_split = split.numel() / ITEM_COLUMNS;
+  work.ahead = ahead;
   work.parts_at = shared.parts_at;
   work.outcomes_at = shared.outcomes_at;
   work.waiting_at = shared.waiting_at;
@@ -138,7 +137,7 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
   work.maximize = maximize, work.nesterov = nesterov, work.decoupled = decoupled;
   const Place place{static_cast<int>(device), reinterpret_cast<void*>(stream)};
   launch_prepare(work, chosen.wide, place);
-  launch_tiles(chosen.kernel, work, static_cast<int>(ranks), shared.bytes, place);
+  launch_tiles(chosen.kernel, work, shared.bytes, place);
 }
 
 // Why no kernel can run on the device; "" if they can. All are compiled for the same GPUs.
@@ -146,14 +145,13 @@ std::string cuda_problem(int64_t device) {
   return problem_with(ALL[0].kernel(SOFT), static_cast<int>(device));
 }
 
-// Whether clusters of `ranks` blocks, each with so much in shared memory, can hold groups.
-bool cuda_has_clusters(const std::string dtype, const std::string grad_dtype,
-                       const std::string rule, const std::optional<std::string> penalty,
-                       int64_t ranks, int64_t parts, int64_t outcomes, int64_t waiting,
-                       int64_t device) {
+// How many blocks, each with so much in shared memory, run at the same time: a team's pieces at most.
+int64_t cuda_resident_blocks(const std::string dtype, const std::string grad_dtype,
+                             const std::string rule, const std::optional<std::string> penalty,
+                             int64_t parts, int64_t outcomes, int64_t waiting, int64_t device) {
   const Chosen chosen = choose(dtype, grad_dtype, rule, penalty);
   const size_t bytes = shared_of(chosen, parts, outcomes, waiting).bytes;
-  return has_clusters(chosen.kernel, static_cast<int>(ranks), bytes, static_cast<int>(device));
+  return resident_blocks(chosen.kernel, bytes, static_cast<int>(device));
 }
 
 // The bytes of what kernels leave for each other: a record, a measure, an outcome.
@@ -180,18 +178,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tl1kernels, m) {
   //   table                int64 (n, columns of work.h's Row)
   //   scalars              float64 (n, columns as cuda_scalar_names() has them)
   //   records, sync, partials, factors   workspace: no value is kept from step to step
-  //   chunks, held, split  int32 (items, 4), of cuda_schedule.py
+  //   resident, split      int32 (items, 4), of cuda_schedule.py
   //   grad_scale, found_inf  float32, one each
-  //   ranks                blocks of a cluster; parts, outcomes, waiting: entries in shared memory
+  //   parts, outcomes, waiting   entries in shared memory
+  //   ahead                bytes that a block brings to the L2 cache before it needs them
   m.def(
       "cuda_step_(Tensor table, Tensor scalars, Tensor(a!) records, Tensor(b!) sync, "
-      "Tensor(c!) partials, Tensor(d!) factors, Tensor chunks, Tensor held, Tensor split, "
-      "Tensor grad_scale, Tensor found_inf, str dtype, str grad_dtype, str rule, str? penalty, "
-      "bool maximize, bool nesterov, bool decoupled, int ranks, int parts, int outcomes, "
-      "int waiting, int device, int stream) -> ()");
+      "Tensor(c!) partials, Tensor(d!) factors, Tensor resident, Tensor split, Tensor grad_scale, "
+      "Tensor found_inf, str dtype, str grad_dtype, str rule, str? penalty, bool maximize, "
+      "bool nesterov, bool decoupled, int parts, int outcomes, int waiting, int ahead, int device, "
+      "int stream) -> ()");
   m.def(
-      "cuda_has_clusters(str dtype, str grad_dtype, str rule, str? penalty, int ranks, int parts, "
-      "int outcomes, int waiting, int device) -> bool");
+      "cuda_resident_blocks(str dtype, str grad_dtype, str rule, str? penalty, int parts, "
+      "int outcomes, int waiting, int device) -> int");
   m.def("cuda_sizes(bool wide, bool coupled) -> int[]");
   m.def("cuda_problem(int device) -> str");
   m.def("cuda_scalar_names() -> str");
@@ -201,7 +200,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tl1kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(tl1kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_step_", TORCH_BOX(&tl1::gpu::cuda_step_));
-  m.impl("cuda_has_clusters", TORCH_BOX(&tl1::gpu::cuda_has_clusters));
+  m.impl("cuda_resident_blocks", TORCH_BOX(&tl1::gpu::cuda_resident_blocks));
   m.impl("cuda_sizes", TORCH_BOX(&tl1::gpu::cuda_sizes));
   m.impl("cuda_problem", TORCH_BOX(&tl1::gpu::cuda_problem));
   m.impl("cuda_scalar_names", TORCH_BOX(&tl1::gpu::cuda_scalar_names));

@@ -25,11 +25,13 @@ struct Config {
   static constexpr int VECTOR = 16 / sizeof(T);
   static constexpr bool COPIES = sizeof(T) != sizeof(G);
   static constexpr bool COUPLED = Prox::COUPLED;
-  // Blocks of a multiprocessor, and vectors that a thread loads at a time: what registers allow.
+  // Blocks of a multiprocessor, and turns whose loads are under way at a time: as registers allow.
   static constexpr bool LARGE =
       sizeof(A) == 8 || (VECTOR == 8 && (COUPLED || (Prox::MANY && STATES > 0)));
-  static constexpr int BLOCKS = LARGE ? 1 : COUPLED || Prox::MANY || VECTOR * STATES >= 8 ? 2 : 3;
-  static constexpr int AT_ONCE = STATES == 0 && VECTOR <= 4 && !COPIES ? 2 : 1;
+  static constexpr bool WIDE = VECTOR == 8;
+  static constexpr int BLOCKS = LARGE ? 2 : WIDE ? 3 : 4;
+  static constexpr int AT_ONCE = LARGE || COPIES || STATES > 2 ? 1 : VECTOR == 4 && STATES == 0 ? 4 : 2;
+  static constexpr bool PLAIN = STATES < 2;  // Adam's bytes leave time for what is left out there
   static_assert(sizeof(Rule) <= RULE_BYTES && sizeof(Prox) <= PROX_BYTES);
   static_assert(RULE_BYTES + PROX_BYTES + sizeof(Common<A>) <= RECORD_BYTES);
 };
@@ -66,7 +68,6 @@ class Block {
   using O = Outcome<A, C::COUPLED>;
   static constexpr int N = C::VECTOR;
   using Walk = gpu::Walk<N>;
-  using Cursor = gpu::Cursor<N>;
   using Wait = typename Pack<A, N>::Part;  // 16 bytes of values in shared memory
   static constexpr int IN_WAIT = Pack<A, N>::IN_PART;
 
@@ -83,9 +84,8 @@ class Block {
   TL1_DEVICE O* outcomes() const { return there<O>(work.outcomes_at); }
   TL1_DEVICE Wait* waiting() const { return there<Wait>(work.waiting_at); }
 
-  // What a thread goes on to when an item is done.
-  enum { SPLIT, HELD, CHUNKS } list = SPLIT;
-  int place = 0;
+  // What the block takes next: of `split`, by tickets, as long as there are any; then of `resident`.
+  int place = work.n_split ? -1 : block();
 
   // The tensor at hand.
   const Row* row;
@@ -116,46 +116,47 @@ class Block {
   }
 
  private:
-  // Split items first, by tickets: who waits for others waits for those that have begun.
+  // Split items by tickets: who waits for others waits for those that have begun. The others in turn:
+  // a team has no more pieces than there are blocks, and each of them comes to its piece.
   TL1_DEVICE bool next(Item& it) {
-    if (list == SPLIT) {
-      if (work.n_split) {
-        if (thread() == 0) *slot() = take_ticket(work.sync);
-        sync();
-        const int ticket = *slot();
-        sync();
-        if (ticket < work.n_split) {
-          it = work.split[ticket];
-          return true;
-        }
-      }
-      list = HELD;
-      place = block() / ranks();
-    }
-    if (list == HELD) {
-      // All blocks of a cluster take the same teams, each its own piece.
-      if (place < work.n_held) {
-        it = work.held[place];
-        it.piece = rank();
-        place += blocks() / ranks();
+    if (place < 0) {
+      if (thread() == 0) *slot() = take_ticket(work.sync);
+      sync();
+      const int ticket = *slot();
+      sync();
+      if (ticket < work.n_split) {
+        it = work.split[ticket];
         return true;
       }
-      list = CHUNKS;
       place = block();
     }
-    if (place >= work.n_chunks) return false;
-    it = work.chunks[place];
+    if (place >= work.n_resident) return false;
+    it = work.resident[place];
     place += blocks();
+    if (place < work.n_resident) prefetch(work.resident[place]);
     return true;
   }
 
-  // What is done with an item's weights.
-  enum class Pass {
-    hold,     // they are measured, and wait in shared memory
-    measure,  // they are measured
-    release,  // those that wait become what the outcomes of their groups say
-    finish,   // they do so at once
-  };
+  // Has one warp bring what the block takes next to the L2 cache: as long as threads wait for each
+  // other, memory shall have something to do.
+  TL1_DEVICE void prefetch(const Item& it) const {
+    if (thread() < THREADS - WARP || !it.vectors() || !work.ahead) return;
+    const Row& soon = work.rows[it.tensor];
+    const Part part(soon, it);
+    constexpr int BYTES = sizeof(T) + sizeof(G) + C::STATES * sizeof(A);  // of a weight
+    const int most = static_cast<int>(work.ahead) / BYTES / 64 * 64;
+    const int n = smaller(part.columns - part.column, most);
+    const int rows = part.rows - part.row;
+    const int end = part.row + (rows == 1 ? rows : smaller(rows, most / n));
+    for (int r = part.row + thread() % WARP; r < end; r += WARP) {
+      const int64_t offset = part.first + r * part.width + part.column;
+      prefetch_global(reinterpret_cast<const T*>(soon.param) + offset, n);
+      prefetch_global(reinterpret_cast<const G*>(soon.grad) + offset, n);
+      for (int k = 0; k < C::STATES; k++) {
+        prefetch_global(reinterpret_cast<const A*>(soon.state[k]) + offset, n);
+      }
+    }
+  }
 
   TL1_DEVICE void item(const Item& it) {
     row = work.rows + it.tensor;
@@ -164,35 +165,36 @@ class Block {
     grad = reinterpret_cast<const G*>(row->grad);
     copy = reinterpret_cast<G*>(row->copy);
     for (int k = 0; k < C::STATES; k++) state[k] = reinterpret_cast<A*>(row->state[k]);
-    const bool vectors = it.kind & 1;
-    const Shape shape = static_cast<Shape>(it.kind >> 1 & 3);
-    const Phase phase = static_cast<Phase>(it.kind >> 3);
-    const Walk w(*row, it, shape, vectors);
-    const int64_t team = row->teams + it.team;
-    O* const factors = reinterpret_cast<O*>(work.factors) + team * TEAM_GROUPS;
-    Pass pass = w.groups == 0 || phase == Phase::second ? Pass::finish
-                : phase == Phase::held                  ? Pass::hold
-                                                        : Pass::measure;
-    if (phase == Phase::second) fetch_outcomes(factors, w.groups, team);
-    for (;;) {
-      sweep(w, shape, pass);
-      if (pass == Pass::finish || pass == Pass::release) break;
-      if (pass == Pass::measure) {
-        M* const partials = reinterpret_cast<M*>(work.partials) +
-                            (row->partials + it.team * row->pieces) * TEAM_GROUPS;
-        leave(partials + it.piece * TEAM_GROUPS, w.groups);
-        if (last_of(team)) decide(partials, factors, w.groups, team);
-        break;
-      }
+    it.vectors() ? passes<true>(it) : passes<false>(it);
+  }
+
+  template <bool VECTORS>
+  TL1_DEVICE void passes(const Item& it) {
+    const Shape shape = it.shape();
+    const Phase phase = it.phase();
+    const Walk w(*row, Part(*row, it), shape, VECTORS);
+    if (phase == Phase::second) fetch_outcomes(it, w.groups);
+    if (w.groups == 0 || phase == Phase::second) {
+      finish<VECTORS>(w, shape);
+    } else {
+      measure<VECTORS>(w, shape, phase == Phase::held);
       if (shape == Shape::chunk) {
-        of_chunk(static_cast<int>(row->width) / (vectors ? N : 1), w.groups);
+        of_chunk(static_cast<int>(row->width) / (VECTORS ? N : 1), w.groups);
+      } else if (phase == Phase::held && row->pieces == 1) {
+        of_one(w.groups);
       } else {
-        of_team(w.groups);
+        leave(it, w.groups);
+        if (phase == Phase::held) {
+          wait_for_all(it);
+          sum_up(it, w.groups);
+        } else if (last_of(it)) {
+          sum_up(it, w.groups);
+          publish(it, w.groups);
+        }
       }
-      pass = Pass::release;
+      if (phase == Phase::held) release<VECTORS>(w, shape);
     }
-    // The others have read what is here.
-    if (w.groups) shape != Shape::chunk && phase == Phase::held ? team_sync() : sync();
+    if (w.groups) sync();  // the others have read what is here
   }
 
   // --- N weights of a thread, the first at `offset` of the tensor.
@@ -203,21 +205,22 @@ class Block {
     Pack<A, N> s[C::STATES ? C::STATES : 1];
   };
 
-  // Calls each(k) for those of the N that are there.
-  template <class Each>
+  // Calls each(k) for those of the N that are there: of vectors all are.
+  template <bool VECTORS, class Each>
   static TL1_DEVICE void for_each(const Walk& walk, const Cursor& at, Each each) {
     _Pragma("unroll") for (int k = 0; k < N; k++) {
-      if (at.column + k * walk.apart < walk.columns) each(k);
+      if (VECTORS || at.column + k * walk.apart < walk.columns) each(k);
     }
   }
 
+  template <bool VECTORS>
   TL1_DEVICE void fetch(Weights& w, const Walk& walk, const Cursor& at) const {
-    if (walk.vectors()) {
+    if constexpr (VECTORS) {
       w.p.from(param + at.offset);
       w.g.from(grad + at.offset);
       _Pragma("unroll") for (int s = 0; s < C::STATES; s++) w.s[s].from(state[s] + at.offset);
     } else {
-      for_each(walk, at, [&](int k) {
+      for_each<VECTORS>(walk, at, [&](int k) {
         const int64_t offset = at.offset + k * walk.apart;
         load_global(w.p[k], param + offset);
         load_global(w.g[k], grad + offset);
@@ -229,14 +232,8 @@ class Block {
   }
 
   // t = the threshold of the updated weights; the state takes its next values.
-  TL1_DEVICE void advance(Weights& w, const Numbers& c, A (&t)[N]) const {
-    A none = 0;
-    _Pragma("unroll") for (int i = 0; i < N; i++) {
-      t[i] = c.rule.template take<false>(load(w.p[i]), load(w.g[i]),
-                                         C::STATES > 0 ? w.s[0][i] : none,
-                                         C::STATES > 1 ? w.s[C::STATES > 1 ? 1 : 0][i] : none,
-                                         C::STATES > 2 ? w.s[C::STATES > 2 ? 2 : 0][i] : none);
-    }
+  TL1_DEVICE void advance(Weights& w, const Numbers& c, bool plain, A (&t)[N]) const {
+    C::PLAIN && plain ? take<true>(w, c, t) : take<false>(w, c, t);
     if constexpr (!C::COUPLED) {
       c.prox.with_prox([&](auto f) {
         _Pragma("unroll") for (int i = 0; i < N; i++) {
@@ -248,11 +245,23 @@ class Block {
     }
   }
 
+  template <bool PLAIN>
+  TL1_DEVICE void take(Weights& w, const Numbers& c, A (&t)[N]) const {
+    A none = 0;
+    _Pragma("unroll") for (int i = 0; i < N; i++) {
+      t[i] = c.rule.template take<PLAIN>(load(w.p[i]), load(w.g[i]),
+                                         C::STATES > 0 ? w.s[0][i] : none,
+                                         C::STATES > 1 ? w.s[C::STATES > 1 ? 1 : 0][i] : none,
+                                         C::STATES > 2 ? w.s[C::STATES > 2 ? 2 : 0][i] : none);
+    }
+  }
+
+  template <bool VECTORS>
   TL1_DEVICE void write_state(Weights& w, const Walk& walk, const Cursor& at) const {
-    if (walk.vectors()) {
+    if constexpr (VECTORS) {
       _Pragma("unroll") for (int s = 0; s < C::STATES; s++) w.s[s].to(state[s] + at.offset);
     } else if (C::STATES) {
-      for_each(walk, at, [&](int k) {
+      for_each<VECTORS>(walk, at, [&](int k) {
         _Pragma("unroll") for (int s = 0; s < C::STATES; s++) {
           store_global(w.s[s][k], state[s] + at.offset + k * walk.apart);
         }
@@ -260,98 +269,163 @@ class Block {
     }
   }
 
-  template <class X>
+  template <bool VECTORS, class X>
   TL1_DEVICE void write(X* to, const A (&w)[N], const Walk& walk, const Cursor& at, bool clean) const {
     Pack<X, N> rounded;
     _Pragma("unroll") for (int i = 0; i < N; i += 2) {
       store_pair(w[i], w[i + 1], clean, &rounded[i]);
     }
-    if (walk.vectors()) {
+    if constexpr (VECTORS) {
       rounded.to(to + at.offset);
     } else {
-      for_each(walk, at, [&](int k) { store_global(rounded[k], to + at.offset + k * walk.apart); });
+      for_each<VECTORS>(walk, at, [&](int k) { store_global(rounded[k], to + at.offset + k * walk.apart); });
     }
   }
 
   // --- The passes.
 
-  TL1_DEVICE void sweep(const Walk& walk, Shape shape, Pass pass) {
-    constexpr int AT_ONCE = C::AT_ONCE;
+  // Calls each(at), which goes on to a next turn, until a thread has taken all of its turns.
+  template <class Each>
+  static TL1_DEVICE void for_turns(const Walk& walk, Each each) {
+    _Pragma("unroll 1") for (int run = 0; run < walk.runs; run++) {
+      Cursor at{walk.offset + run * walk.jump, walk.column};
+      _Pragma("unroll 1") while (at.turn < walk.turns) each(at);
+    }
+  }
+  static TL1_DEVICE void next_turn(const Walk& walk, Cursor& at) {
+    at.offset += walk.stride;
+    at.column += walk.aside;
+    at.turn++;
+  }
+
+  // Calls each(t, at) with the thresholds of the updated weights of all turns. `writes`: the state's
+  // next values too.
+  template <bool VECTORS, class Each>
+  TL1_DEVICE void for_thresholds(const Walk& walk, const Numbers& c, bool writes, Each each) const {
+    constexpr int AT_ONCE = VECTORS ? C::AT_ONCE : 1;
+    const bool plain = c.rule.plain();
+    for_turns(walk, [&](Cursor& at) {
+      Weights w[AT_ONCE];
+      Cursor ahead = at;
+      _Pragma("unroll") for (int j = 0; j < AT_ONCE; j++) {
+        if (j == 0 || ahead.turn < walk.turns) fetch<VECTORS>(w[j], walk, ahead);
+        next_turn(walk, ahead);
+      }
+      _Pragma("unroll") for (int j = 0; j < AT_ONCE; j++) {
+        if (j == 0 || at.turn < walk.turns) {
+          A t[N];
+          advance(w[j], c, plain, t);
+          if (writes) write_state<VECTORS>(w[j], walk, at);
+          each(t, at);
+        }
+        next_turn(walk, at);
+      }
+    });
+  }
+
+  template <bool VECTORS>
+  TL1_DEVICE void measure(const Walk& walk, Shape shape, bool holds) const {
     const Numbers c = numbers();
-    const bool measures = pass == Pass::hold || pass == Pass::measure;
     M m[N];
     for (int k = 0; k < N; k++) m[k] = M{};
     Wait* wait = waiting() + thread();
-    Cursor here(walk);
-    _Pragma("unroll 1") while (here.row < walk.rows) {
-      Weights w[AT_ONCE];
-      if (pass != Pass::release) {
-        Cursor ahead = here;
-        _Pragma("unroll") for (int j = 0; j < AT_ONCE; j++) {
-          if (j > 0) ahead.next(walk);
-          if (j == 0 || ahead.row < walk.rows) fetch(w[j], walk, ahead);
+    for_thresholds<VECTORS>(walk, c, holds, [&](A (&t)[N], const Cursor& at) {
+      if (holds) {
+        _Pragma("unroll") for (int k = 0; k < N; k += IN_WAIT) {
+          Wait part;
+          for (int i = 0; i < IN_WAIT; i++) part.x[i] = t[k + i];
+          wait[k / IN_WAIT * THREADS] = part;
         }
+        wait += N / IN_WAIT * THREADS;
       }
-      _Pragma("unroll") for (int j = 0; j < AT_ONCE; j++) {
-        if (j == 0 || here.row < walk.rows) {
-          A t[N];
-          if (pass == Pass::release) {
-            _Pragma("unroll") for (int k = 0; k < N; k += IN_WAIT) {
-              const Wait part = wait[k / IN_WAIT * THREADS];
-              for (int i = 0; i < IN_WAIT; i++) t[k + i] = part.x[i];
-            }
-          } else {
-            advance(w[j], c, t);
-            if (pass != Pass::measure) write_state(w[j], walk, here);
-          }
-          if (measures) {
-            if (pass == Pass::hold) {
-              _Pragma("unroll") for (int k = 0; k < N; k += IN_WAIT) {
-                Wait part;
-                for (int i = 0; i < IN_WAIT; i++) part.x[i] = t[k + i];
-                wait[k / IN_WAIT * THREADS] = part;
-              }
-            }
-            add(m, t, walk, here, shape, c);
-          } else {
-            if (walk.groups) apply(t, walk, here, shape);
-            write(param, t, walk, here, c.clean);
-            if constexpr (C::COPIES) write(copy, t, walk, here, c.clean);
-          }
-          wait += N / IN_WAIT * THREADS;
-          here.next(walk);
-        }
-      }
-    }
-    if (measures) gather(m, walk, shape);
+      add<VECTORS>(m, t, walk, at, shape, c);
+    });
+    gather(m, walk, shape);
   }
 
-  // A chunk's weights are added up by vector, in `parts`; a run's in one sum, a panel's by column.
+  template <bool VECTORS>
+  TL1_DEVICE void finish(const Walk& walk, Shape shape) const {
+    const Numbers c = numbers();
+    const Own own(*this, walk, walk.groups ? shape : Shape::chunk);
+    for_thresholds<VECTORS>(walk, c, true, [&](A (&t)[N], const Cursor& at) {
+      if (walk.groups) apply<VECTORS>(t, own, walk, at, shape);
+      write_all<VECTORS>(t, walk, at, c.clean);
+    });
+  }
+
+  // Those that wait in shared memory become what the outcomes of their groups say.
+  template <bool VECTORS>
+  TL1_DEVICE void release(const Walk& walk, Shape shape) const {
+    const bool clean = numbers().clean;
+    const Own own(*this, walk, shape);
+    const Wait* wait = waiting() + thread();
+    for_turns(walk, [&](Cursor& at) {
+      A t[N];
+      _Pragma("unroll") for (int k = 0; k < N; k += IN_WAIT) {
+        const Wait part = wait[k / IN_WAIT * THREADS];
+        for (int i = 0; i < IN_WAIT; i++) t[k + i] = part.x[i];
+      }
+      wait += N / IN_WAIT * THREADS;
+      apply<VECTORS>(t, own, walk, at, shape);
+      write_all<VECTORS>(t, walk, at, clean);
+      next_turn(walk, at);
+    });
+  }
+
+  // A chunk's weights are added up by vector, in `parts`; a run's and a panel's by column.
+  template <bool VECTORS>
   TL1_DEVICE void add(M (&m)[N], const A (&t)[N], const Walk& walk, const Cursor& at, Shape shape,
                       const Numbers& c) const {
-    if (shape == Shape::chunk) {
+    if (shape != Shape::chunk) {
+      for_each<VECTORS>(walk, at, [&](int k) { m[k].add(t[k], at.offset + k * walk.apart, c); });
+    } else if constexpr (VECTORS) {
       M of_vector{};
-      for_each(walk, at, [&](int k) {
-        if (!walk.vectors()) of_vector = M{};
-        of_vector.add(t[k], at.offset + k * walk.apart, c);
-        if (!walk.vectors()) parts()[at.column + k * walk.apart] = of_vector;
-      });
-      if (walk.vectors()) parts()[at.column / N] = of_vector;
+      for_each<VECTORS>(walk, at, [&](int k) { of_vector.add(t[k], at.offset + k, c); });
+      parts()[at.column / N] = of_vector;
     } else {
-      for_each(walk, at, [&](int k) { m[k].add(t[k], at.offset + k * walk.apart, c); });
+      for_each<VECTORS>(walk, at, [&](int k) {
+        M of_weight{};
+        of_weight.add(t[k], at.offset + k * walk.apart, c);
+        parts()[at.column + k * walk.apart] = of_weight;
+      });
     }
   }
 
-  TL1_DEVICE void apply(A (&t)[N], const Walk& walk, const Cursor& at, Shape shape) const {
-    if (shape == Shape::chunk && walk.vectors()) {
+  // The outcomes of a thread's columns, where they are the same in each turn, and few.
+  struct Own {
+    O of[C::COUPLED ? 1 : N];
+
+    TL1_DEVICE Own(const Block& b, const Walk& walk, Shape shape) {
+      if (C::COUPLED || shape == Shape::chunk) return;
+      _Pragma("unroll") for (int k = 0; k < N; k++) {
+        const int column = walk.column + k * walk.apart;
+        of[C::COUPLED ? 0 : k] = column < walk.columns ? b.outcomes()[walk.group_of(column)] : O::none();
+      }
+    }
+  };
+
+  template <bool VECTORS>
+  TL1_DEVICE void apply(A (&t)[N], const Own& own, const Walk& walk, const Cursor& at,
+                        Shape shape) const {
+    if (!C::COUPLED && shape != Shape::chunk) {
+      _Pragma("unroll") for (int k = 0; k < N; k++) {
+        t[k] = own.of[C::COUPLED ? 0 : k].of_weight(t[k], at.offset);
+      }
+    } else if (VECTORS && shape == Shape::chunk) {
       const O outcome = outcomes()[walk.group_of(at.column)];
       _Pragma("unroll") for (int k = 0; k < N; k++) t[k] = outcome.of_weight(t[k], at.offset + k);
     } else {
-      for_each(walk, at, [&](int k) {
+      for_each<VECTORS>(walk, at, [&](int k) {
         const O outcome = outcomes()[walk.group_of(at.column + k * walk.apart)];
         t[k] = outcome.of_weight(t[k], at.offset + k * walk.apart);
       });
     }
+  }
+
+  template <bool VECTORS>
+  TL1_DEVICE void write_all(const A (&w)[N], const Walk& walk, const Cursor& at, bool clean) const {
+    write<VECTORS>(param, w, walk, at, clean);
+    if constexpr (C::COPIES) write<VECTORS>(copy, w, walk, at, clean);
   }
 
   // --- What the groups come to.
@@ -374,13 +448,13 @@ class Block {
     } else if (shape == Shape::panel) {
       // A row of `parts` for each row of threads: the columns' sums.
       const int columns = walk.lanes * N, inner = static_cast<int>(row->inner);
-      M* const mine = parts() + thread() / walk.lanes * columns + walk.column;
+      M* const mine = parts() + (thread() >> exponent_of(walk.lanes)) * columns + walk.column;
       _Pragma("unroll") for (int k = 0; k < N; k++) mine[k * walk.apart] = m[k];
       sync();
       for (int group = thread(); group < walk.groups; group += THREADS) {
         M all{};
         for (int column = group * inner; column < (group + 1) * inner; column++) {
-          _Pragma("unroll 1") for (int r = 0; r < walk.step; r++) all.merge(parts()[r * columns + column]);
+          _Pragma("unroll 4") for (int r = 0; r < walk.step; r++) all.merge(parts()[r * columns + column]);
         }
         own()[group] = all;
       }
@@ -391,11 +465,13 @@ class Block {
   TL1_DEVICE void of_chunk(int in_group, int groups) const {
     const Numbers c = numbers();
     const int lanes = static_cast<int>(row->lanes), lane = thread() & (lanes - 1);
-    _Pragma("unroll 1") for (int first = 0; first < groups; first += THREADS / lanes) {
-      const int group = first + thread() / lanes;
+    const int shift = exponent_of(lanes);
+    _Pragma("unroll 1") for (int first = 0; first < groups; first += THREADS >> shift) {
+      const int group = first + (thread() >> shift);
       M m{};
       if (group < groups) {
-        for (int q = lane; q < in_group; q += lanes) m.merge(parts()[group * in_group + q]);
+        const M* const of_group = parts() + group * in_group;
+        _Pragma("unroll 4") for (int q = lane; q < in_group; q += lanes) m.merge(of_group[q]);
       }
       _Pragma("unroll 1") for (int other = lanes / 2; other; other /= 2) m.merge(m.across(other));
       if (group < groups && lane == 0) outcomes()[group] = O::of(m, c);
@@ -403,62 +479,88 @@ class Block {
     sync();
   }
 
-  // A team whose groups are held is a cluster, or one block.
-  TL1_DEVICE bool alone() const { return row->pieces == 1; }
-  TL1_DEVICE void team_sync() const { alone() ? sync() : cluster_sync(); }
-
-  TL1_DEVICE void of_team(int groups) const {
+  TL1_DEVICE void of_one(int groups) const {
     const Numbers c = numbers();
-    team_sync();
     for (int group = thread(); group < groups; group += THREADS) {
-      M m = alone() ? own()[group] : M{};
-      _Pragma("unroll 1") for (int r = 0; r < ranks() && !alone(); r++) {
-        m.merge(of_rank(own(), r)[group]);
-      }
-      outcomes()[group] = O::of(m, c);
+      outcomes()[group] = O::of(own()[group], c);
     }
     sync();
   }
 
-  TL1_DEVICE void leave(M* partials, int groups) const {
-    for (int group = thread(); group < groups; group += THREADS) partials[group] = own()[group];
+  // --- Teams of several blocks.
+
+  TL1_DEVICE int64_t team(const Item& it) const { return row->teams + it.team; }
+  TL1_DEVICE int32_t* arrivals(const Item& it) const { return work.sync + 1 + team(it); }
+  TL1_DEVICE int32_t* are_there(const Item& it) const { return arrivals(it) + work.n_teams; }
+  TL1_DEVICE O* factors(const Item& it) const {
+    return reinterpret_cast<O*>(work.factors) + team(it) * TEAM_GROUPS;
+  }
+  TL1_DEVICE M* partials(const Item& it, int64_t piece) const {
+    return reinterpret_cast<M*>(work.partials) +
+           (row->partials + it.team * row->pieces + piece) * TEAM_GROUPS;
+  }
+
+  TL1_DEVICE void leave(const Item& it, int groups) const {
+    M* const mine = partials(it, it.piece);
+    for (int group = thread(); group < groups; group += THREADS) mine[group] = own()[group];
   }
 
   // Whether this is the last of a team's pieces; it then sees what the others have left.
-  TL1_DEVICE bool last_of(int64_t team) const {
+  TL1_DEVICE bool last_of(const Item& it) const {
     sync();
-    if (thread() == 0) *slot() = arrive(work.sync + 1 + team);
+    if (thread() == 0) *slot() = arrive(arrivals(it));
     sync();
     const bool last = *slot() == row->pieces - 1;
     sync();
     return last;
   }
 
-  TL1_DEVICE void decide(const M* partials, O* factors, int groups, int64_t team) const {
+  // Returns when all of a team's pieces have left what they have measured.
+  TL1_DEVICE void wait_for_all(const Item& it) const {
+    sync();
+    if (thread() == 0) {
+      arrive(arrivals(it));
+      await(arrivals(it), static_cast<int>(row->pieces));
+    }
+    sync();
+  }
+
+  // The outcomes of what all pieces of a team have left.
+  TL1_DEVICE void sum_up(const Item& it, int groups) const {
     const Numbers c = numbers();
     int side = 1;
     while (side < groups) side *= 2;
-    const int group = thread() % side, rows = THREADS / side;
+    const int group = thread() & (side - 1), shift = exponent_of(side), rows = THREADS >> shift;
+    const int pieces = group < groups ? static_cast<int>(row->pieces) : 0;
+    const M* const left = partials(it, 0);
     M m{};
-    _Pragma("unroll 1") for (int piece = thread() / side; piece < row->pieces; piece += rows) {
-      if (group < groups) m.merge(from_others(partials + piece * TEAM_GROUPS + group));
+    _Pragma("unroll 4") for (int piece = thread() >> shift; piece < pieces; piece += rows) {
+      m.merge(from_others(left + piece * TEAM_GROUPS + group));
     }
     parts()[thread()] = m;
     sync();
     if (thread() < groups) {
       M all{};
-      _Pragma("unroll 1") for (int r = 0; r < rows; r++) all.merge(parts()[r * side + group]);
-      factors[group] = O::of(all, c);
+      _Pragma("unroll 4") for (int r = 0; r < rows; r++) all.merge(parts()[r * side + group]);
+      outcomes()[group] = O::of(all, c);
     }
     sync();
-    if (thread() == 0) announce(work.sync + 1 + work.n_teams + team);
   }
 
-  TL1_DEVICE void fetch_outcomes(const O* factors, int groups, int64_t team) const {
-    if (thread() == 0) await(work.sync + 1 + work.n_teams + team);
+  // For the second pass of a team's pieces.
+  TL1_DEVICE void publish(const Item& it, int groups) const {
+    O* const to = factors(it);
+    for (int group = thread(); group < groups; group += THREADS) to[group] = outcomes()[group];
     sync();
+    if (thread() == 0) announce(are_there(it));
+  }
+
+  TL1_DEVICE void fetch_outcomes(const Item& it, int groups) const {
+    if (thread() == 0) await(are_there(it), 1);
+    sync();
+    const O* const from = factors(it);
     for (int group = thread(); group < groups; group += THREADS) {
-      outcomes()[group] = from_others(factors + group);
+      outcomes()[group] = from_others(from + group);
     }
     sync();
   }

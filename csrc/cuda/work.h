@@ -10,7 +10,7 @@
 
 namespace tl1::gpu {
 
-constexpr int THREADS = 256;      // of a block
+constexpr int THREADS = 128;      // of a block
 constexpr int WARP = 32;
 constexpr int TEAM_GROUPS = 64;   // of a panel, at most
 
@@ -27,6 +27,8 @@ struct Row {
   int64_t share_rows, share_columns;  // team: rows of a piece, and weights in each of them
   int64_t pieces, across;             // team: how many pieces, and how many of them side by side
   int64_t partials, teams;  // where those of its teams begin in the workspaces
+  int64_t in_block;         // teams of one of the view's blocks
+  int64_t inverse;          // 2^31 over the weights of a group, rounded up: of a chunk, a panel
 };
 constexpr int ROW_COLUMNS = sizeof(Row) / sizeof(int64_t);
 
@@ -38,7 +40,7 @@ enum class Shape {
 };
 // When its groups' norms are known.
 enum class Phase {
-  held,    // in one go: a cluster of blocks has the whole team in shared memory
+  held,    // in one go: the team's blocks have all of it in shared memory, and wait for each other
   first,   // after this, which leaves sums in memory
   second,  // before this, which computes all again
 };
@@ -48,6 +50,10 @@ struct Item {
   int32_t kind;  // 1 for vectors of 16 bytes, + 2 * Shape + 8 * Phase
   int32_t team;  // chunk: its place
   int32_t piece;
+
+  TL1_INLINE bool vectors() const { return kind & 1; }
+  TL1_INLINE Shape shape() const { return static_cast<Shape>(kind >> 1 & 3); }
+  TL1_INLINE Phase phase() const { return static_cast<Phase>(kind >> 3); }
 };
 
 // A tensor's numbers in the arithmetic type, made by `prepare` before anything else runs.
@@ -68,10 +74,11 @@ struct Work {
   const double* scalars;     // a tensor's: Scalars, then the step, where `counter` is 0
   unsigned char* records;
   const float *grad_scale, *found_inf;
-  int32_t* sync;             // tickets; each team's arrivals; whether its factors are there
+  int32_t* sync;             // tickets; each team's arrivals; of split ones, whether factors are there
   unsigned char *partials, *factors;
-  const Item *chunks, *held, *split;
-  int64_t n_chunks, n_held, n_split;
+  const Item *resident, *split;
+  int64_t n_resident, n_split;
+  int64_t ahead;             // bytes that a block has brought to the L2 cache for what it takes next
   int64_t n_tensors, n_teams;
   int64_t parts_at, outcomes_at, waiting_at;  // in a block's shared memory, in bytes
   int rule, penalty, coupled;        // rows of TL1_RULES, TL1_PENALTIES, TL1_COUPLED; or -1

@@ -105,8 +105,7 @@ def step(of: Step) -> None:
         kept["sync"],
         kept["partials"],
         kept["factors"],
-        kept["chunks"],
-        kept["held"],
+        kept["resident"],
         kept["split"],
         kept["one"] if of.grad_scale is None else of.grad_scale,
         kept["zero"] if of.found_inf is None else of.found_inf,
@@ -114,10 +113,10 @@ def step(of: Step) -> None:
         of.maximize,
         of.nesterov,
         of.decoupled,
-        kept["ranks"],
         plan.parts,
         plan.outcomes,
         plan.waiting,
+        schedule.AHEAD,
         torch.cuda.current_device() if on_gpu else 0,
         torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
     )
@@ -137,18 +136,15 @@ def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     make = partial(
         schedule.plan, of.views, aligned, 16 // dtype.itemsize, arithmetic.itemsize, coupled=coupled
     )
-    ranks = schedule.RANKS
-    plan = make(ranks)
-    if len(plan.held):
+    plan = make(schedule.BLOCKS_AT_ONCE)
+    if plan.most_pieces > 1:
         index = torch.cuda.current_device() if device.type == "cuda" else 0
         shared = plan.parts, plan.outcomes, plan.waiting
-        if not ops.cuda_has_clusters(*_names(of), ranks, *shared, index):
-            ranks = 1
-            plan = make(ranks)
-    else:
-        ranks = 1
-    kept["plan"], kept["ranks"] = plan, ranks
-    for name in ("chunks", "held", "split"):
+        at_once = ops.cuda_resident_blocks(*_names(of), *shared, index)
+        if plan.most_pieces > at_once:
+            plan = make(at_once)
+    kept["plan"] = plan
+    for name in ("resident", "split"):
         kept[name] = gpu.to_device(device, torch.from_numpy(getattr(plan, name)))
     record, measure, outcome = ops.cuda_sizes(arithmetic == torch.float64, coupled)
     for name, size in (

@@ -2,18 +2,18 @@
 
 A tensor's view is (blocks, outer, groups, inner), see `views`. By it
 
-| groups                                         | shape | who has a group's weights           |
-|------------------------------------------------|-------|-------------------------------------|
-| none                                           | chunk | a block has TILE or more neighbours |
-| rows (outer = 1) of at most LONGEST            | chunk | a block, many groups or one         |
-| outer > 1, runs of at most PANEL               | panel | a team, several groups side by side |
-| all others: long rows, long runs, whole layers | run   | a team, one group                   |
+| groups                              | shape | who has a group's weights           |
+|-------------------------------------|-------|-------------------------------------|
+| none                                | chunk | a block has TILE or more neighbours |
+| rows (outer = 1), at least 2 a TILE | chunk | a block, several groups             |
+| outer > 1, runs of at most PANEL    | panel | a team, several groups side by side |
+| all others                          | run   | a team, one group                   |
 
-A team is one block, where ALONE weights suffice; else a cluster of blocks, where HELD bytes in each
-do: either way all waits in shared memory for the groups' norms, and each weight is read once and
-written once. What is larger than that, or on a GPU without clusters, is split: a first pass leaves
-the sums in memory, a second one reads all again, from the L2 cache if it can. Few pieces begin
-between a group's passes.
+A team is one block, where ALONE weights suffice; else as many as have HELD bytes each, if that many
+run at the same time. Either way all waits in shared memory for the groups' norms, and each weight
+is read once and written once. What is larger than that is split: a first pass leaves the sums in
+memory, a second one reads all again, from the L2 cache if it can. Few pieces begin between a
+group's passes.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from numpy.typing import NDArray
 
 from tl1kernels.views import GroupView
 
-THREADS = 256  # of a block
-RANKS = 8  # blocks of a cluster, on a GPU that has them
-TILE = 4096  # weights of a chunk; four times that without groups, in a batch of
-MANY = 2048 * 4 * TILE  # weights or more
-LONGEST = 8192  # weights of a group in a chunk
+THREADS = 128  # of a block
+TILE = 8192
+"""Weights of a chunk; half as many in float64, and without groups in a batch of less than MANY."""
+MANY = 2048 * TILE
 COUPLED_PARTS = 1024  # measures of a penalty of whole groups in a chunk
 ALONE = 8192  # weights that one block holds of a team
 PANEL = 64  # weights side by side
-HELD = 64 << 10  # bytes that a block of a cluster holds
+HELD = 48 << 10  # bytes that a block of a larger team holds
+BLOCKS_AT_ONCE = 1024  # at most
 PIECE = 8192  # weights that a block takes of a split team
+AHEAD = 32 << 10  # bytes that a block has brought to the L2 cache before it needs them
 LAG = 512
 """Pieces begun between a group's two passes: enough that the first is over and nobody waits."""
 
 CHUNK_SHAPE, PANEL_SHAPE, RUN_SHAPE = 0, 1, 2
 HELD_PHASE, FIRST, SECOND = 0, 1, 2
-LAYOUT = 13
+LAYOUT = 15
 """Columns of the layout: csrc/cuda/work.h's Row from `outer` on."""
 
 Items = NDArray[np.int32]
@@ -54,20 +55,20 @@ class Schedule:
 
     Attributes:
         layout: int64, [tensors, LAYOUT].
-        chunks: int32, [items, 4]: tensor, kind, team, piece; by one block each.
-        held: the same, by a cluster each.
+        resident: int32, [items, 4]: tensor, kind, team, piece; those of a team in a row.
         split: the same, in the order in which they must begin.
-        n_partials: pieces of split teams.
-        n_teams: split teams.
+        n_partials: pieces of teams of several blocks.
+        n_teams: such teams.
+        most_pieces: of a team that is held.
         parts, outcomes, waiting: entries that a block needs in shared memory.
     """
 
     layout: NDArray[np.int64]
-    chunks: Items
-    held: Items
+    resident: Items
     split: Items
     n_partials: int
     n_teams: int
+    most_pieces: int
     parts: int
     outcomes: int
     waiting: int
@@ -112,7 +113,7 @@ def plan(
     aligned: Sequence[bool],
     vector: int,
     arithmetic: int,
-    ranks: int,
+    blocks_at_once: int,
     coupled: bool,
 ) -> Schedule:
     """Return the work for tensors with these views.
@@ -123,17 +124,18 @@ def plan(
             16 bytes.
         vector: elements of the parameters' dtype in 16 bytes.
         arithmetic: bytes of a value in the arithmetic's dtype.
-        ranks: blocks of a cluster; 1 where there are none.
+        blocks_at_once: how many blocks the GPU runs at the same time.
         coupled: whether the penalty is one of whole groups, of which more is measured.
     """
     layout = np.zeros((len(views), LAYOUT), np.int64)
-    chunks: list[Items] = [_NONE]
-    held: list[Items] = [_NONE]
+    teams_of_many: list[Items] = [_NONE]
+    others: list[Items] = [_NONE]
     split: list[tuple[Items, Items]] = []
     n_partials = n_teams = 0
-    parts, outcomes, waiting = THREADS, PANEL, 0
-    most = HELD // arithmetic
-    flat = 4 * TILE if sum(v.n_groups * v.group_size for v in views) >= MANY else TILE
+    parts, outcomes, waiting, most_pieces = THREADS, PANEL, 0, 1
+    held = HELD // arithmetic // (2 if coupled else 1)  # whose measures need room too
+    tile = TILE * 4 // arithmetic
+    flat = TILE if sum(v.n_groups * v.group_size for v in views) >= MANY else TILE // 2
     for index, (view, at_16) in enumerate(zip(views, aligned, strict=True)):
         blocks, outer, groups, inner = view.blocks, view.outer, view.groups, view.inner
         size = view.group_size
@@ -144,19 +146,20 @@ def plan(
         row[:4] = outer, groups, inner, numel
         if not view.grouped:
             row[4] = flat
-            chunks.append(_flat(index, numel, flat, at_16, vector))
+            others.append(_flat(index, numel, flat, at_16, vector))
             continue
         if outer == 1:
             wide = at_16 and size % vector == 0
             # Where a vector has weights of two groups, each weight is measured by itself.
             unit = vector if wide else 1
-            most_here = COUPLED_PARTS * unit if coupled else LONGEST
-            if size <= min(LONGEST, most_here):
-                span = max(min(TILE, most_here) // size, 1) * size
+            most = min(tile, COUPLED_PARTS * unit) if coupled else tile
+            if 2 * size <= most:
+                span = most // size * size
                 in_chunk = min(span, numel)
                 lanes = min(_floor_power(THREADS * size // in_chunk), 32)
                 row[4:7] = span, size, min(lanes, _floor_power(max(size // unit, 1)))
-                chunks.append(
+                row[14] = _inverse(size)
+                others.append(
                     _items(index, _kind(CHUNK_SHAPE, HELD_PHASE, wide), _ceil_div(numel, span))
                 )
                 parts = max(parts, in_chunk // unit)
@@ -168,28 +171,28 @@ def plan(
         shape = PANEL_SHAPE if panel else RUN_SHAPE
         length = groups * inner
         wide = at_16 and (length if panel else inner) % vector == 0
-        for columns, pieces in ((PANEL, 1), *((c, ranks) for c in (64, 32, 16) if ranks > 1)):
-            span = _panel_span(columns, length, inner, vector, wide) if panel else inner
-            of = share(outer, span, vector, pieces, panel)
-            if of.waiting <= (ALONE if pieces == 1 else most):
-                break
-        else:
-            span = _panel_span(PANEL, length, inner, vector, wide) if panel else inner
+        span = _panel_span(length, inner, vector, wide) if panel else inner
+        of = _held(outer, span, vector, panel, held, blocks_at_once)
+        if of is None:
             of = _split(outer, span, vector, panel)
         if panel:
             wide = wide and span % vector == 0
             parts = max(parts, THREADS * vector)
-        teams = blocks * (_ceil_div(length, span) if panel else groups)
+        in_block = _ceil_div(length, span) if panel else groups
+        teams = blocks * in_block
         row[4] = span
         row[6:11] = of.lanes, of.rows, of.columns, of.pieces, of.across
-        if of.waiting:
-            waiting = max(waiting, of.waiting)
-            items = _items(index, _kind(shape, HELD_PHASE, wide), teams)
-            (chunks if of.pieces == 1 else held).append(items)
-        else:
-            row[11:] = n_partials, n_teams
+        row[13:] = in_block, _inverse(inner)
+        if of.pieces > 1 or not of.waiting:
+            row[11:13] = n_partials, n_teams
             n_partials += teams * of.pieces
             n_teams += teams
+        if of.waiting:
+            waiting = max(waiting, of.waiting)
+            most_pieces = max(most_pieces, of.pieces)
+            items = _items(index, _kind(shape, HELD_PHASE, wide), teams, of.pieces)
+            (teams_of_many if of.pieces > 1 else others).append(items)
+        else:
             first, second = (
                 _items(index, _kind(shape, phase, wide), teams, of.pieces)
                 for phase in (FIRST, SECOND)
@@ -197,15 +200,32 @@ def plan(
             split.append((first, second))
     return Schedule(
         layout,
-        np.concatenate(chunks),
-        np.concatenate(held),
+        # Who waits for others does so first: what waits for nobody fills the gaps at the end.
+        np.concatenate(teams_of_many + others),
         _in_turn(split),
         n_partials,
         n_teams,
+        most_pieces,
         parts,
         outcomes,
         waiting,
     )
+
+
+def _held(
+    outer: int, span: int, vector: int, panel: bool, held: int, blocks_at_once: int
+) -> Share | None:
+    """Return the shares of a team that holds its weights; None if no such team is small enough."""
+    of = share(outer, span, vector, 1, panel)
+    if of.waiting <= ALONE:
+        return of
+    pieces = max(2, _ceil_div(outer * span, held))
+    while pieces <= blocks_at_once:
+        of = share(outer, span, vector, pieces, panel)
+        if of.waiting <= held:
+            return of
+        pieces += _ceil_div(pieces, 8)
+    return None
 
 
 def _split(outer: int, span: int, vector: int, panel: bool) -> Share:
@@ -218,11 +238,11 @@ def _split(outer: int, span: int, vector: int, panel: bool) -> Share:
     return Share(THREADS, 1, PIECE, outer * across, across, 0)
 
 
-def _panel_span(columns: int, length: int, inner: int, vector: int, wide: bool) -> int:
+def _panel_span(length: int, inner: int, vector: int, wide: bool) -> int:
     """Return the width of a panel: whole groups, and whole vectors if it can be."""
-    if length <= columns:
+    if length <= PANEL:
         return length
-    groups = max(columns // inner, 1)
+    groups = max(PANEL // inner, 1)
     even = vector // gcd(vector, inner)
     if wide and groups >= even:
         groups = groups // even * even
@@ -266,6 +286,11 @@ def _items(index: int, kind: int, teams: int, pieces: int = 1) -> Items:
     items[:, 2] = np.repeat(np.arange(teams), pieces)
     items[:, 3] = np.tile(np.arange(pieces), teams)
     return items
+
+
+def _inverse(weights: int) -> int:
+    """Return what stands for a division by so many weights: csrc/cuda/walk.h, group_of."""
+    return _ceil_div(1 << 31, weights)
 
 
 def _ceil_div(a: int, b: int) -> int:

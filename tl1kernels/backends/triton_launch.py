@@ -23,7 +23,6 @@ from tl1kernels.backends.gpu import Step
 from tl1kernels.batch import Batch, state_dtype
 from tl1kernels.views import GroupView
 
-WARPS = 8
 BLOCK = 64  # tensors that a program of prepare_kernel takes
 
 
@@ -102,6 +101,7 @@ def step(of: Step) -> None:
     advance, apply = math.RULES[of.rule]
     prepare, prox, couple = penalties()[of.penalty]
     n_sync = 1 + 2 * plan.n_teams
+    split = schedule.split_tile(len(of.state) // n)
     constants = {
         "Advance": advance,
         "Apply": apply,
@@ -112,8 +112,6 @@ def step(of: Step) -> None:
         "G": _named(tl, of.grads[0].dtype),
         "A": wide,
         "VECTOR": 16 // dtype.itemsize,
-        "TILE": schedule.TILE,
-        "num_warps": WARPS,
         "enable_fp_fusion": True,
     }
     # NumPy, in the interpreter, warns of what a GPU does without a word: 1 / 0 = inf.
@@ -147,6 +145,8 @@ def step(of: Step) -> None:
                 found_inf,
                 of.seed,
                 KINDS=plan.resident.kinds,
+                TILE=plan.tile.weights,
+                num_warps=plan.tile.warps,
                 **constants,
             )
         if len(plan.split.items):
@@ -165,6 +165,8 @@ def step(of: Step) -> None:
                 KINDS=plan.split.kinds,
                 ROWS=schedule.ROWS,
                 COLUMNS=schedule.COLUMNS,
+                TILE=split.weights,
+                num_warps=split.warps,
                 **constants,
             )
 
@@ -172,7 +174,8 @@ def step(of: Step) -> None:
 def _plan(of: Step, coupled: bool, aligned: list[bool], kept: dict[str, Any]) -> Any:
     """Make the tiles and the workspace; return the table's columns from OUTER on."""
     device, dtype = of.device, of.params[0].dtype
-    plan = kept["plan"] = schedule.plan(of.views, aligned, 16 // dtype.itemsize)
+    states = len(of.state) // len(of.params)
+    plan = kept["plan"] = schedule.plan(of.views, aligned, dtype.itemsize, states)
     kept["resident"] = gpu.to_device(device, torch.from_numpy(plan.resident.items))
     kept["split"] = gpu.to_device(device, torch.from_numpy(plan.split.items))
     for name, size in (

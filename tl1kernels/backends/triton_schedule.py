@@ -4,8 +4,8 @@ A tensor's view is (blocks, outer, groups, inner), see `views`. By it
 
 | groups                                 | kind    | a tile                           | passes |
 |----------------------------------------|---------|----------------------------------|--------|
-| none                                   | flat    | TILE neighbours                  | 1      |
-| rows (outer = 1) of at most LONGEST    | rows    | as many rows as fill TILE        | 1      |
+| none                                   | flat    | `Tile.weights` neighbours        | 1      |
+| rows (outer = 1) of at most LONGEST    | rows    | as many rows as fill that        | 1      |
 | outer > 1, runs of at most COLUMNS     | columns | ROWS x COLUMNS, whole groups ... | 1      |
 | the same with more than ROWS rows      | columns | ... of ROWS of the rows          | 2      |
 | all others: long rows, long runs       | long    | TILE neighbours of one run       | 2      |
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from tl1kernels.views import GroupView
 
-TILE = 4096
+TILE = 4096  # weights of a tile of two passes
 LONGEST = 8192  # a row that a tile of its own holds in registers
 ROWS, COLUMNS = 64, 64
 LAG = 1024
@@ -38,6 +38,44 @@ COLUMNS_KIND, LONG_KIND = 0, 3  # as kinds of split tile: plus a phase
 FIRST, SECOND, WHOLE = 0, 1, 2  # phases
 
 Items = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much a program of a kernel takes, and who does it.
+
+    Attributes:
+        weights: of a tile; a longer row is a tile of its own.
+        warps: of 32 threads.
+    """
+
+    weights: int
+    warps: int
+
+
+def resident_tile(longest: int, itemsize: int, states: int) -> Tile:
+    """Return the tiles of a batch that see each weight once.
+
+    As many weights a thread as have their loads under way together without filling the registers:
+    8 of 4 bytes, 16 of 2, or 32 where there is no state; more in long rows. bench/results has what
+    others cost.
+
+    Args:
+        longest: weights of the longest row.
+        itemsize: bytes of a weight.
+        states: number of state tensors.
+    """
+    a_thread = 8 if itemsize > 2 else 32 if states == 0 else 16
+    warps = 4
+    most = 32 if itemsize > 2 and states else 8
+    while warps < most and 32 * warps * a_thread < longest:
+        warps *= 2
+    return Tile(32 * warps * a_thread, warps)
+
+
+def split_tile(states: int) -> Tile:
+    """Return the tiles of a batch that go through groups twice."""
+    return Tile(TILE, 8 if states else 4)
 
 
 @dataclass(frozen=True)
@@ -61,6 +99,7 @@ class Schedule:
 
     Attributes:
         layout: int64, [tensors, 7]: the table's columns from OUTER on.
+        tile: of the resident ones.
         resident: tiles that see each weight once and for all.
         split: tiles of groups that no tile holds.
         n_partials: sums that the split tiles leave for each other.
@@ -69,6 +108,7 @@ class Schedule:
     """
 
     layout: NDArray[np.int64]
+    tile: Tile
     resident: Work
     split: Work
     n_partials: int
@@ -76,15 +116,21 @@ class Schedule:
     n_teams: int
 
 
-def plan(views: Sequence[GroupView], aligned: Sequence[bool], vector: int) -> Schedule:
+def plan(
+    views: Sequence[GroupView], aligned: Sequence[bool], itemsize: int, states: int
+) -> Schedule:
     """Return the tiles for tensors with these views.
 
     Args:
         views: of each tensor.
         aligned: whether each tensor's addresses, gradient and state included, are multiples of
             16 bytes.
-        vector: elements of the parameters' dtype in 16 bytes.
+        itemsize: bytes of a weight.
+        states: number of state tensors.
     """
+    vector = 16 // itemsize
+    rows_of = [v.inner for v in views if v.grouped and v.outer == 1 and v.inner <= LONGEST]
+    tile = resident_tile(max(rows_of, default=0), itemsize, states)
     layout = np.zeros((len(views), 7), np.int64)
     resident: list[Items] = []
     split: list[tuple[Items, Items]] = []
@@ -95,12 +141,12 @@ def plan(views: Sequence[GroupView], aligned: Sequence[bool], vector: int) -> Sc
         if view.n_groups * view.group_size == 0:
             continue
         if not view.grouped:
-            resident += _flat(index, view.n_groups * view.group_size, at_16)
+            resident += _flat(index, view.n_groups * view.group_size, tile.weights, at_16)
             groups = view.n_groups * view.group_size
         elif outer == 1 and inner <= LONGEST:
             exponent = max(inner - 1, 0).bit_length()
             rows = blocks * groups
-            tiles = _ceil_div(rows, max(TILE >> exponent, 1))
+            tiles = _ceil_div(rows, max(tile.weights >> exponent, 1))
             wide = at_16 and inner % vector == 0
             resident.append(_items(index, exponent, wide, tiles))
             groups = rows
@@ -130,6 +176,7 @@ def plan(views: Sequence[GroupView], aligned: Sequence[bool], vector: int) -> Sc
         layout[index, :4] = outer, groups, inner, pieces
     return Schedule(
         layout,
+        tile,
         _work(resident),
         _work([_in_turn(split)]),
         n_partials,
@@ -138,10 +185,10 @@ def plan(views: Sequence[GroupView], aligned: Sequence[bool], vector: int) -> Sc
     )
 
 
-def _flat(index: int, n: int, aligned: bool) -> list[Items]:
+def _flat(index: int, n: int, tile: int, aligned: bool) -> list[Items]:
     """Return the tiles of n weights: aligned ones are full, and what is left is not aligned."""
-    full = n // TILE if aligned else 0
-    rest = _items(index, FLAT, False, _ceil_div(n, TILE))[full:]
+    full = n // tile if aligned else 0
+    rest = _items(index, FLAT, False, _ceil_div(n, tile))[full:]
     return [_items(index, FLAT, True, full), rest]
 
 
