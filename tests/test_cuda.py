@@ -109,8 +109,10 @@ def test_no_block_has_more_than_it_can_hold_and_pieces_have_all(
         assert items == -(-math.prod(sizes) // span)
         return
     assert plan.most_pieces == (1 if len(plan.split) else pieces) <= blocks_at_once
-    assert -(-pieces // across) * rows >= outer
-    assert across * columns >= span
+    assert pieces % across == 0
+    down = pieces // across
+    assert (down - 1) * rows < outer <= down * rows  # and none of them is empty
+    assert (across - 1) * columns < span <= across * columns
     teams = blocks * (groups if shapes == {schedule.RUN_SHAPE} else -(-groups * inner // span))
     assert items == teams * pieces * (2 if len(plan.split) else 1)
     assert lanes >= 2

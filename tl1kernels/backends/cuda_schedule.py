@@ -95,12 +95,13 @@ class Share:
 
 
 def share(outer: int, columns: int, vector: int, pieces: int, panel: bool) -> Share:
-    """Return the shares of `pieces` blocks in `outer` rows of `columns` weights.
+    """Return the shares of at most `pieces` blocks in `outer` rows of `columns` weights.
 
     A panel is never divided into columns: a thread keeps a sum for each of its own.
     """
     across = 1 if panel else max(1, pieces // max(outer, 1))
     rows = _ceil_div(outer, max(pieces // across, 1))
+    pieces = across * _ceil_div(outer, rows)  # no more than have something to do
     wide = min(_ceil_div(_ceil_div(columns, across), vector) * vector, max(columns, 1))
     # At least 2, even where 1 would do: what the kernels know vectors from single weights by.
     lanes = max(2, min(1 << (_ceil_div(wide, vector) - 1).bit_length(), THREADS))
