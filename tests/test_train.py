@@ -248,7 +248,7 @@ def test_hidden_neurons_all_speak_at_the_start():
 
 def test_ctrl_c_saves_finished_runs_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "tl1kernels", "train", "digits", "--out", str(tmp_path)]
-    command += ["--seeds", "1", "--epochs", "15", "--methods", "none", "l1", "tl1", "--jobs", "1"]
+    command += ["--seeds", "1", "--epochs", "60", "--methods", "none", "l1", "tl1", "--jobs", "1"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=dict(os.environ)
     )
