@@ -53,13 +53,14 @@ TL1_DEVICE void store_global(const T& x, T* at) {
     asm volatile("st.global.u16 [%0], %1;" :: "l"(to), "h"(static_cast<uint16_t>(raw[0])) : "memory");
   }
 }
-// Begins to bring n elements to the L2 cache: whole vectors of 16 bytes, from a multiple of 16 on.
+// Begins to bring n > 0 elements to the L2 cache. It goes by 16 bytes from a multiple of 16 on, where a
+// 16-bit gradient of a float32 weight may not begin: then from the one before, which is the tensor's.
 template <class T>
 TL1_DEVICE void prefetch_global(const T* at, int n) {
 #if __CUDA_ARCH__ >= 900
+  const size_t from = __cvta_generic_to_global(at) / 16 * 16;
   const uint32_t bytes = n * static_cast<uint32_t>(sizeof(T)) / 16 * 16;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-               :: "l"(__cvta_generic_to_global(at)), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory");
 #endif
 }
 TL1_DEVICE int exponent_of(int power_of_two) { return __ffs(power_of_two) - 1; }

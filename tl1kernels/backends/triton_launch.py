@@ -101,7 +101,6 @@ def step(of: Step) -> None:
     advance, apply = math.RULES[of.rule]
     prepare, prox, couple = penalties()[of.penalty]
     n_sync = 1 + 2 * plan.n_teams
-    split = schedule.split_tile(len(of.state) // n)
     constants = {
         "Advance": advance,
         "Apply": apply,
@@ -145,8 +144,8 @@ def step(of: Step) -> None:
                 found_inf,
                 of.seed,
                 KINDS=plan.resident.kinds,
-                TILE=plan.tile.weights,
-                num_warps=plan.tile.warps,
+                TILE=plan.resident.tile.weights,
+                num_warps=plan.resident.tile.warps,
                 **constants,
             )
         if len(plan.split.items):
@@ -165,8 +164,8 @@ def step(of: Step) -> None:
                 KINDS=plan.split.kinds,
                 ROWS=schedule.ROWS,
                 COLUMNS=schedule.COLUMNS,
-                TILE=split.weights,
-                num_warps=split.warps,
+                TILE=plan.split.tile.weights,
+                num_warps=plan.split.tile.warps,
                 **constants,
             )
 

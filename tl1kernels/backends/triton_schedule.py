@@ -87,10 +87,12 @@ class Work:
             tile, 0). A kind is twice one of the constants above, plus 1 where addresses and
             lengths are multiples of a vector of 16 bytes.
         kinds: a bit for each kind among them.
+        tile: how much a program takes.
     """
 
     items: Items
     kinds: int
+    tile: Tile
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,6 @@ class Schedule:
 
     Attributes:
         layout: int64, [tensors, 7]: the table's columns from OUTER on.
-        tile: of the resident ones.
         resident: tiles that see each weight once and for all.
         split: tiles of groups that no tile holds.
         n_partials: sums that the split tiles leave for each other.
@@ -108,7 +109,6 @@ class Schedule:
     """
 
     layout: NDArray[np.int64]
-    tile: Tile
     resident: Work
     split: Work
     n_partials: int
@@ -176,9 +176,8 @@ def plan(
         layout[index, :4] = outer, groups, inner, pieces
     return Schedule(
         layout,
-        tile,
-        _work(resident),
-        _work([_in_turn(split)]),
+        _work(resident, tile),
+        _work([_in_turn(split)], split_tile(states)),
         n_partials,
         n_factors,
         n_teams,
@@ -217,10 +216,10 @@ def _items(index: int, kind: int, aligned: bool, tiles: int, pieces: int = 1) ->
     return items
 
 
-def _work(parts: list[Items]) -> Work:
+def _work(parts: list[Items], tile: Tile) -> Work:
     items = np.concatenate([_NONE, *parts])
     kinds = sum(1 << int(kind) for kind in np.unique(items[:, 1]))
-    return Work(np.ascontiguousarray(items), kinds)
+    return Work(np.ascontiguousarray(items), kinds, tile)
 
 
 def _ceil_div(a: int, b: int) -> int:
