@@ -56,6 +56,27 @@ void add_squares_to(double* lanes, const A* t, int64_t n, double unit) {
   for (int64_t i = 0; at + i < n; i++) lanes[i] += square_of(t[at + i], unit);
 }
 
+// Sums of the squares of groups that lie one behind the other. Short ones have too few weights for
+// lanes of their own: there the lanes are groups.
+template <class A>
+void sum_rows(const A* t, int64_t groups, int64_t inner, double unit, double* sums) {
+  constexpr int64_t SHORT = 32;
+  if (inner >= SHORT) {
+    for (int64_t g = 0; g < groups; g++, t += inner) {
+      double sum = 0;
+      _Pragma("omp simd reduction(+:sum)") for (int64_t i = 0; i < inner; i++) {
+        sum += square_of(t[i], unit);
+      }
+      sums[g] = sum;
+    }
+    return;
+  }
+  for (int64_t g = 0; g < groups; g++) sums[g] = 0;
+  for (int64_t i = 0; i < inner; i++) {
+    SIMD for (int64_t g = 0; g < groups; g++) sums[g] += square_of(t[g * inner + i], unit);
+  }
+}
+
 // The threshold of a weight as a function; v -> v where there is no penalty.
 template <class A, class F>
 struct Threshold {
@@ -112,16 +133,22 @@ inline void move_both_to(double* lanes, float* part) {
 }
 
 // Memory works while a chunk is computed and while groups are scaled: the hardware's prefetchers alone
-// stop at the end of a page. Into L1 from near, and, with Far, into L2 from further; where there are
-// states to fetch as well, that many requests crowd each other out. Always inline: GCC drops a call of
-// a function that only prefetches.
+// stop at the end of a page. These are always inline: GCC drops a call of a function that only
+// prefetches.
+template <class T>
+constexpr int64_t LINE = 64 / sizeof(T);
+
+template <class T>
+[[gnu::always_inline]] inline void prefetch_into_l2(const T* chunk) {
+  for (int64_t i = 0; i < CHUNK; i += LINE<T>) __builtin_prefetch(chunk + i, 0, 2);
+}
+
+// Into L1 from near, and, with Far, into L2 from further. Requests beyond what a core has room for
+// are lost: those for states leave no room for FAR, and gradients are left to the loop that scales.
 template <bool Far, int Write, class T>
 [[gnu::always_inline]] inline void prefetch_behind(const T* chunk) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  for (int64_t i = 0; i < CHUNK; i += LINE) {
-    if (Far) __builtin_prefetch(chunk + FAR + i, 0, 2);
-    __builtin_prefetch(chunk + NEAR + i, Write);
-  }
+  if (Far) prefetch_into_l2(chunk + FAR);
+  for (int64_t i = 0; i < CHUNK; i += LINE<T>) __builtin_prefetch(chunk + NEAR + i, Write);
 }
 
 // The whole chunks among n weights; returns how many weights are in them. Everything here is inline:
@@ -145,9 +172,8 @@ template <bool PLAIN, class Rule, class P, class T>
       if constexpr (Rule::STATES > 2) w.new_state[2][at + i] = s2;
       return v;
     };
-    constexpr bool FAR_TOO = Rule::STATES == 0;
-    prefetch_behind<FAR_TOO, 1>(w.param + at);
-    prefetch_behind<FAR_TOO, 0>(w.grad + at);
+    prefetch_behind<Rule::STATES == 0, 1>(w.param + at);
+    prefetch_behind<false, 0>(w.grad + at);
     for (int k = 0; k < Rule::STATES; k++) prefetch_behind<false, 1>(w.state[k] + at);
     A* out = w.out + at;
     if constexpr (T::dear) {

@@ -45,6 +45,7 @@ class Runner {
   const P* const grad;
   const int64_t inner, width;
   const bool short_runs;
+  const bool short_rows;  // groups in one piece, and so short that a strip has more than one
   int64_t origin, columns;   // of the columns whose sums and factors are in the workspace
   int64_t rows_in_part = 0;  // that work.part has the squares of
 
@@ -52,7 +53,8 @@ class Runner {
   Runner(const Step& step, const Tile& tile, Workspace& work)
       : step(step), tile(tile), work(work), param(static_cast<P*>(step.param)),
         grad(static_cast<const P*>(step.grad)), inner(step.inner), width(step.groups * step.inner),
-        short_runs(step.inner < SHORT_RUN), origin(tile.col0), columns(tile.col1 - tile.col0) {}
+        short_runs(step.inner < SHORT_RUN), short_rows(are_short_rows(step)), origin(tile.col0),
+        columns(tile.col1 - tile.col0) {}
 
   void run() {
     switch (tile.phase) {
@@ -64,6 +66,12 @@ class Runner {
   }
 
  private:
+  // Their squares are added when all of a strip is computed; those of whole chunks are added with each.
+  static bool are_short_rows(const Step& s) {
+    const bool whole_chunks = s.inner >= 2 * CHUNK && s.inner % CHUNK == 0;
+    return s.outer == 1 && s.coupled < 0 && s.inner < SHORT_ROW && !whole_chunks;
+  }
+
   int64_t address(int64_t row, int64_t col) const { return tile.base + row * width + col; }
 
   // Update and threshold the weights [at, at + n), n <= BLOCK: their values go to out. With lanes,
@@ -315,12 +323,21 @@ class Runner {
     }
   }
 
-  // Short runs: the factors of the groups from `origin` on, one for each column.
+  // The factors of the groups from `origin` on, one for each column; for short runs and rows.
   A* spread(const double* factors) const {
     A* by_column = reinterpret_cast<A*>(work.spread);
-    const int64_t groups = columns / inner, stride = inner;
-    for (int64_t i = 0; i < inner; i++) {
-      SIMD for (int64_t g = 0; g < groups; g++) by_column[g * stride + i] = A(factors[g]);
+    const int64_t groups = columns / inner;
+    if (inner == 1) {
+      SIMD for (int64_t g = 0; g < groups; g++) by_column[g] = A(factors[g]);
+      return by_column;
+    }
+    A* at = by_column;
+    for (int64_t g = 0; g < groups; g++, at += inner) {
+      const A factor = A(factors[g]);
+      // Whole vectors: the next group overwrites what is too much.
+      for (int64_t i = 0; i < inner; i += LANES) {
+        SIMD for (int64_t k = 0; k < LANES; k++) at[i + k] = factor;
+      }
     }
     return by_column;
   }
@@ -374,19 +391,34 @@ class Runner {
     }
   }
 
-  void resident_strip() {
-    double* sums = work.sums;
+  // Where values of the strip wait for their norm: of weight `at` of the tensor, `index` of the strip.
+  A* held([[maybe_unused]] int64_t at, [[maybe_unused]] int64_t index) const {
+    if constexpr (IN_PLACE) {
+      return param + at;
+    } else {
+      return work.values + index;
+    }
+  }
+
+  // Advances the strip; what is measured of its groups goes to sums.
+  void advance_strip(double* sums) {
+    if (short_rows) {
+      each_block([&](int64_t at, int64_t n, int64_t index) {
+        advance_to<true>(at, n, held(at, index), nullptr);
+      });
+      const A* values = held(address(tile.row0, origin), 0);
+      return sum_rows(values, columns / inner, inner, step.unit, sums);
+    }
     clear_sums(sums);
     each_block([&](int64_t at, int64_t n, int64_t index) {
-      A* out;
-      if constexpr (IN_PLACE) {
-        out = param + at;
-      } else {
-        out = work.values + index;
-      }
-      advance_block<true>(at, n, index, out, sums);
+      advance_block<true>(at, n, index, held(at, index), sums);
     });
     fold_columns(sums);
+  }
+
+  void resident_strip() {
+    double* sums = work.sums;
+    advance_strip(sums);
     const int64_t groups = columns / inner;
     if (step.coupled >= 0) {
       const Measures of = of_groups(sums);
@@ -397,43 +429,50 @@ class Runner {
     }
     const double threshold = step.group_threshold;
     SIMD for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], threshold);
-    const A* by_column = short_runs ? spread(sums) : nullptr;
+    const A* by_column = short_runs || short_rows ? spread(sums) : nullptr;
+    if (IN_PLACE && step.outer == 1 && !step.state[0]) {
+      // Else memory would rest: the next strip is what it is to deliver meanwhile.
+      return scale_row(tile.row0, sums, by_column, [=, this](int64_t at) __attribute__((always_inline)) {
+        prefetch_into_l2(param + at + columns);
+        prefetch_into_l2(grad + at + columns);
+      });
+    }
     for (int64_t row = tile.row0; row < tile.row1; row++) {
       const int64_t at = address(row, origin);
-      const A* t;
-      if constexpr (IN_PLACE) {
-        t = param + at;
-      } else {
-        t = work.values + (row - tile.row0) * columns;
-      }
-      scale(t, at, origin, columns, sums, by_column);
+      scale(held(at, (row - tile.row0) * columns), at, origin, columns, sums, by_column);
     }
   }
 
   void shrink_strip(const Measures& shrinks) const {
     if (short_runs) spread_coupled(shrinks);
     for (int64_t row = tile.row0; row < tile.row1; row++) {
-      const A* v;
-      if constexpr (IN_PLACE) {
-        v = param + address(row, origin);
-      } else {
-        v = work.values + (row - tile.row0) * columns;
-      }
+      const A* v = held(address(row, origin), (row - tile.row0) * columns);
       shrink(v, row, origin, columns, shrinks);
     }
     keep(shrinks);
   }
 
   // Stores t, the values of the weights from `at` on, times the factors of their groups: `factors`
-  // begins with the group of `origin`, by_column repeats it for short runs.
+  // begins with the group of `origin`, by_column, if there is one, repeats it for each column.
   void scale(const A* t, int64_t at, int64_t col, int64_t n, const double* factors,
              const A* by_column) const {
-    if (short_runs) return put_scaled(t, by_column + (col - origin), at, n);
+    if (by_column) return put_scaled(t, by_column + (col - origin), at, n);
     const int64_t first = origin / inner;
     each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
       const A factor = static_cast<A>(factors[group - first]);
       put_scaled(t + (from - col), factor, at + (from - col), to - from);
     });
+  }
+
+  // The same for a row of the tile, in place; `fetch` asks memory for what comes after each chunk.
+  template <class F>
+  [[gnu::always_inline]] void scale_row(int64_t row, const double* factors, const A* by_column,
+                                        F fetch) const {
+    for (int64_t i = 0; i < columns; i += CHUNK) {
+      const int64_t at = address(row, origin + i), n = smaller(CHUNK, columns - i);
+      fetch(at);
+      if constexpr (IN_PLACE) scale(param + at, at, origin + i, n, factors, by_column);
+    }
   }
 
   void measure() {
@@ -472,11 +511,9 @@ class Runner {
     const A* by_column = short_runs ? spread(factors) : nullptr;
     if constexpr (IN_PLACE) {
       for (int64_t row = tile.row0; row < tile.row1; row++) {
-        for (int64_t i = 0; i < columns; i += CHUNK) {
-          const int64_t at = address(row, origin + i), n = smaller(CHUNK, columns - i);
+        scale_row(row, factors, by_column, [=, this](int64_t at) __attribute__((always_inline)) {
           prefetch_behind<true, 1>(param + at);
-          scale(param + at, at, origin + i, n, factors, by_column);
-        }
+        });
       }
     } else {
       alignas(64) A t[BLOCK];

@@ -14,10 +14,11 @@ enum class Stored { float32, float64, bfloat16, float16 };
 
 constexpr int MAX_STATES = 3;
 constexpr int64_t BLOCK = 512;         // weights that wait in L1 between two loops
-constexpr int64_t NEAR = 256;          // how far behind, in weights, memory is fetched into L1
+constexpr int64_t NEAR = 768;          // how far behind, in weights, memory is fetched into L1
 constexpr int64_t FAR = 4096;          // and into L2
 constexpr int64_t CHUNK = 64;          // weights that skip a threshold's root together
 constexpr int64_t SHORT_RUN = 64;      // runs of a group shorter than this are summed by column
+constexpr int64_t SHORT_ROW = 1024;    // groups in one piece shorter than this are summed by the strip
 constexpr int64_t COLUMNS = 8192;      // columns summed side by side; a tile of short runs has no more
 constexpr int64_t RESIDENT = 1 << 18;  // weights whose thresholded values wait in cache for the norm
 
@@ -72,7 +73,7 @@ struct Workspace {
   alignas(64) double columns[MEASURES * COLUMNS];
   alignas(64) double sums[MEASURES * COLUMNS];
   alignas(64) float part[COLUMNS];  // sums of squares by column, of the latest few rows
-  alignas(64) unsigned char spread[COLUMNS * sizeof(double)];  // factors by column, as arithmetic
+  alignas(64) unsigned char spread[(COLUMNS + CHUNK) * sizeof(double)];  // factors by column
   alignas(64) unsigned char cuts[COLUMNS * sizeof(double)];    // the same of a coupled group's cuts
   alignas(64) float values[RESIDENT + BLOCK];  // of 16-bit weights, thresholded
 };
