@@ -133,22 +133,13 @@ inline void move_both_to(double* lanes, float* part) {
 }
 
 // Memory works while a chunk is computed and while groups are scaled: the hardware's prefetchers alone
-// stop at the end of a page. These are always inline: GCC drops a call of a function that only
-// prefetches.
-template <class T>
-constexpr int64_t LINE = 64 / sizeof(T);
-
-template <class T>
-[[gnu::always_inline]] inline void prefetch_into_l2(const T* chunk) {
-  for (int64_t i = 0; i < CHUNK; i += LINE<T>) __builtin_prefetch(chunk + i, 0, 2);
-}
-
-// Into L1 from near, and, with Far, into L2 from further. Requests beyond what a core has room for
-// are lost: those for states leave no room for FAR, and gradients are left to the loop that scales.
-template <bool Far, int Write, class T>
-[[gnu::always_inline]] inline void prefetch_behind(const T* chunk) {
-  if (Far) prefetch_into_l2(chunk + FAR);
-  for (int64_t i = 0; i < CHUNK; i += LINE<T>) __builtin_prefetch(chunk + NEAR + i, Write);
+// stop at the end of a page. One distance for all: a core loses the requests that it has no room for,
+// so that others from further ahead cost more than they bring. Always inline: GCC drops a call of a
+// function that only prefetches.
+template <int Write, class T>
+[[gnu::always_inline]] inline void prefetch_ahead(const T* chunk) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  for (int64_t i = 0; i < CHUNK; i += LINE) __builtin_prefetch(chunk + AHEAD + i, Write);
 }
 
 // The whole chunks among n weights; returns how many weights are in them. Everything here is inline:
@@ -172,9 +163,9 @@ template <bool PLAIN, class Rule, class P, class T>
       if constexpr (Rule::STATES > 2) w.new_state[2][at + i] = s2;
       return v;
     };
-    prefetch_behind<Rule::STATES == 0, 1>(w.param + at);
-    prefetch_behind<false, 0>(w.grad + at);
-    for (int k = 0; k < Rule::STATES; k++) prefetch_behind<false, 1>(w.state[k] + at);
+    prefetch_ahead<1>(w.param + at);
+    prefetch_ahead<0>(w.grad + at);
+    for (int k = 0; k < Rule::STATES; k++) prefetch_ahead<1>(w.state[k] + at);
     A* out = w.out + at;
     if constexpr (T::dear) {
       alignas(64) A v[CHUNK];

@@ -430,13 +430,6 @@ class Runner {
     const double threshold = step.group_threshold;
     SIMD for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], threshold);
     const A* by_column = short_runs || short_rows ? spread(sums) : nullptr;
-    if (IN_PLACE && step.outer == 1 && !step.state[0]) {
-      // Else memory would rest: the next strip is what it is to deliver meanwhile.
-      return scale_row(tile.row0, sums, by_column, [=, this](int64_t at) __attribute__((always_inline)) {
-        prefetch_into_l2(param + at + columns);
-        prefetch_into_l2(grad + at + columns);
-      });
-    }
     for (int64_t row = tile.row0; row < tile.row1; row++) {
       const int64_t at = address(row, origin);
       scale(held(at, (row - tile.row0) * columns), at, origin, columns, sums, by_column);
@@ -462,17 +455,6 @@ class Runner {
       const A factor = static_cast<A>(factors[group - first]);
       put_scaled(t + (from - col), factor, at + (from - col), to - from);
     });
-  }
-
-  // The same for a row of the tile, in place; `fetch` asks memory for what comes after each chunk.
-  template <class F>
-  [[gnu::always_inline]] void scale_row(int64_t row, const double* factors, const A* by_column,
-                                        F fetch) const {
-    for (int64_t i = 0; i < columns; i += CHUNK) {
-      const int64_t at = address(row, origin + i), n = smaller(CHUNK, columns - i);
-      fetch(at);
-      if constexpr (IN_PLACE) scale(param + at, at, origin + i, n, factors, by_column);
-    }
   }
 
   void measure() {
@@ -511,9 +493,11 @@ class Runner {
     const A* by_column = short_runs ? spread(factors) : nullptr;
     if constexpr (IN_PLACE) {
       for (int64_t row = tile.row0; row < tile.row1; row++) {
-        scale_row(row, factors, by_column, [=, this](int64_t at) __attribute__((always_inline)) {
-          prefetch_behind<true, 1>(param + at);
-        });
+        for (int64_t i = 0; i < columns; i += CHUNK) {
+          const int64_t at = address(row, origin + i), n = smaller(CHUNK, columns - i);
+          prefetch_ahead<1>(param + at);
+          scale(param + at, at, origin + i, n, factors, by_column);
+        }
       }
     } else {
       alignas(64) A t[BLOCK];

@@ -14,8 +14,7 @@ enum class Stored { float32, float64, bfloat16, float16 };
 
 constexpr int MAX_STATES = 3;
 constexpr int64_t BLOCK = 512;         // weights that wait in L1 between two loops
-constexpr int64_t NEAR = 768;          // how far behind, in weights, memory is fetched into L1
-constexpr int64_t FAR = 4096;          // and into L2
+constexpr int64_t AHEAD = 768;         // weights between what is computed and what memory is asked for
 constexpr int64_t CHUNK = 64;          // weights that skip a threshold's root together
 constexpr int64_t SHORT_RUN = 64;      // runs of a group shorter than this are summed by column
 constexpr int64_t SHORT_ROW = 1024;    // groups in one piece shorter than this are summed by the strip
