@@ -14,7 +14,8 @@ inline namespace TL1_ISA {
 namespace {
 
 // The next weights of a tensor: where they are read, and where their results go. For 16-bit weights
-// `out` is no part of the tensor: they are rounded once, when all is done.
+// `out` is no part of the tensor: they are rounded once, when all is done. Where it is null, their
+// squares are all that is wanted.
 template <class P>
 struct Weights {
   using A = Arithmetic<P>;
@@ -23,6 +24,8 @@ struct Weights {
   const A* state[MAX_STATES];
   A* new_state[MAX_STATES];
   A* out;
+  // Where there is no threshold, of what is stored: factor * v + zero. A zero of -0 lets a -0 be.
+  A factor = 1, zero = -A(0);
 };
 
 // With lanes, the squares of the results are added to them, LANES sums side by side.
@@ -77,7 +80,7 @@ void sum_rows(const A* t, int64_t groups, int64_t inner, double unit, double* su
   }
 }
 
-// The threshold of a weight as a function; v -> v where there is no penalty.
+// The threshold of a weight as a function; where there is no penalty, it is to be scaled at most.
 template <class A, class F>
 struct Threshold {
   F prox;
@@ -89,15 +92,19 @@ struct Threshold {
     return (size <= cut ? A(0) : with_sign_of(w, v)) + A(0);  // never -0
   }
 };
-struct NoThreshold {
-  static constexpr bool dear = false;
-  template <class A>
-  [[gnu::always_inline]] A operator()(A v) const { return v; }
-};
-template <class A, bool Dear, class F>
-Threshold<A, Prox<Dear, F>> as_threshold(Prox<Dear, F> prox, A cut) { return {prox, cut}; }
 template <class A>
-NoThreshold as_threshold(NoThreshold none, A) { return none; }
+struct Scaling {
+  A factor, zero;
+  static constexpr bool dear = false;
+  [[gnu::always_inline]] A operator()(A v) const { return mul_add(factor, v, zero); }
+};
+struct NoThreshold {};
+template <class A, bool Dear, class F>
+Threshold<A, Prox<Dear, F>> as_threshold(Prox<Dear, F> prox, A cut, Scaling<A>) {
+  return {prox, cut};
+}
+template <class A>
+Scaling<A> as_threshold(NoThreshold, A, Scaling<A> scaling) { return scaling; }
 
 template <class A>
 bool any_alive(const A* v, A cut) {
@@ -166,7 +173,8 @@ template <bool PLAIN, class Rule, class P, class T>
     prefetch_ahead<1>(w.param + at);
     prefetch_ahead<0>(w.grad + at);
     for (int k = 0; k < Rule::STATES; k++) prefetch_ahead<1>(w.state[k] + at);
-    A* out = w.out + at;
+    alignas(64) A unused[CHUNK];
+    A* out = w.out ? w.out + at : unused;
     if constexpr (T::dear) {
       alignas(64) A v[CHUNK];
       const A* const values = v;
@@ -206,25 +214,25 @@ template <template <class> class Rule, template <class> class Penalty, class P, 
   int64_t done = 0;
   const Penalty<A> penalty(step.coefficients);
   penalty.with_prox([&](auto prox) __attribute__((always_inline)) {
-    done = advance_chunks<PLAIN>(rule, w, n, lanes, as_threshold(prox, penalty.cut));
+    done = advance_chunks<PLAIN>(rule, w, n, lanes, as_threshold(prox, penalty.cut, {w.factor, w.zero}));
   });
   if (done == n) return;
   // What is left of n goes through as a chunk, with zeros behind it.
   const int64_t left = n - done;
   alignas(64) P param[CHUNK] = {}, grad[CHUNK] = {};
   alignas(64) A state[MAX_STATES][CHUNK] = {}, out[CHUNK];
-  Weights<P> rest = {param, grad, {}, {}, out};
+  Weights<P> rest = {param, grad, {}, {}, out, w.factor, w.zero};
   for (int64_t i = 0; i < left; i++) param[i] = w.param[done + i], grad[i] = w.grad[done + i];
   for (int k = 0; k < Rule<A>::STATES; k++) {
     rest.state[k] = rest.new_state[k] = state[k];
     for (int64_t i = 0; i < left; i++) state[k][i] = w.state[k][done + i];
   }
   advance<Rule, Penalty, P, PLAIN>(step, rest, CHUNK, nullptr);
-  for (int64_t i = 0; i < left; i++) w.out[done + i] = out[i];
+  for (int64_t i = 0; i < (w.out ? left : 0); i++) w.out[done + i] = out[i];
   for (int k = 0; k < Rule<A>::STATES; k++) {
     for (int64_t i = 0; i < left; i++) w.new_state[k][done + i] = state[k][i];
   }
-  if (lanes) add_squares_to(lanes, w.out + done, left, 1);
+  if (lanes) add_squares_to(lanes, out, left, 1);
 }
 
 // No penalty, in the form of one.

@@ -387,7 +387,11 @@ class Runner {
     for (int64_t col = tile.col0; col < tile.col1; col += tile.strip) {
       origin = col;
       columns = smaller(tile.strip, tile.col1 - col);
-      resident_strip();
+      if (computes_twice()) {
+        compute_twice();
+      } else {
+        resident_strip();
+      }
     }
   }
 
@@ -397,6 +401,27 @@ class Runner {
       return param + at;
     } else {
       return work.values + index;
+    }
+  }
+
+  // Whether a step is so cheap, group lasso alone under a rule without states, that it is computed
+  // twice, once for the norm and once to be stored: to store what a norm will change costs more.
+  bool computes_twice() const {
+    return in_float() && IN_PLACE && step.outer == 1 && !short_rows && step.penalty < 0 &&
+           step.coupled < 0 && !step.state[0] && !step.copy;
+  }
+
+  void compute_twice() const {
+    double* lanes = work.columns;
+    for (int64_t i = 0; i < LANES; i++) lanes[i] = 0;
+    const Advance<P> advance = BY_RULE<P>[step.rule][0];
+    for (int64_t col = origin; col < origin + columns; col += inner) {
+      Weights<P> w = {param + address(0, col), grad + address(0, col), {}, {}, nullptr};
+      advance(step, w, inner, lanes);
+      if constexpr (IN_PLACE) w.out = param + address(0, col);
+      w.factor = A(shrink_factor(take_sum(lanes), step.group_threshold));
+      w.zero = 0;
+      advance(step, w, inner, nullptr);
     }
   }
 

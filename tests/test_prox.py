@@ -284,8 +284,9 @@ def test_dead_weights_are_plus_zero(dtype, penalty):
     for mu, group_by in ((1.0, None), (0.5, 0), (0.0, 0), (0.5, "layer")):
         if penalty is None and group_by is None:
             continue  # nothing to die of
-        w = tk.prox(v, 0.1, penalty=penalty, mu=mu, group_by=group_by)
-        assert (bits(w)[w == 0] == 0).all(), (mu, group_by, w)
+        for width in (1, 512):  # groups of a few weights, and of many
+            w = tk.prox(v.repeat(1, width), 0.1, penalty=penalty, mu=mu, group_by=group_by)
+            assert (bits(w)[w == 0] == 0).all(), (mu, group_by, width, w)
     assert (bits(tk.prox(v, 0.1, penalty=penalty, mu=0.5, group_by=0))[0] == 0).all()
 
 
