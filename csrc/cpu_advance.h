@@ -13,6 +13,14 @@ namespace tl1 {
 inline namespace TL1_ISA {
 namespace {
 
+// v -> factor * v; a zero of +0 leaves no -0, one of -0 lets it be.
+template <class A>
+struct Scaling {
+  A factor = 1, zero = -A(0);
+  static constexpr bool dear = false;
+  [[gnu::always_inline]] A operator()(A v) const { return mul_add(factor, v, zero); }
+};
+
 // The next weights of a tensor: where they are read, and where their results go. For 16-bit weights
 // `out` is no part of the tensor: they are rounded once, when all is done. Where it is null, their
 // squares are all that is wanted.
@@ -24,8 +32,7 @@ struct Weights {
   const A* state[MAX_STATES];
   A* new_state[MAX_STATES];
   A* out;
-  // Where there is no threshold, of what is stored: factor * v + zero. A zero of -0 lets a -0 be.
-  A factor = 1, zero = -A(0);
+  Scaling<A> scaling;  // where there is no threshold
 };
 
 // With lanes, the squares of the results are added to them, LANES sums side by side.
@@ -80,7 +87,7 @@ void sum_rows(const A* t, int64_t groups, int64_t inner, double unit, double* su
   }
 }
 
-// The threshold of a weight as a function; where there is no penalty, it is to be scaled at most.
+// The threshold of a weight as a function; where there is no penalty, a scaling is in its place.
 template <class A, class F>
 struct Threshold {
   F prox;
@@ -91,12 +98,6 @@ struct Threshold {
     const A w = prox(size);
     return (size <= cut ? A(0) : with_sign_of(w, v)) + A(0);  // never -0
   }
-};
-template <class A>
-struct Scaling {
-  A factor, zero;
-  static constexpr bool dear = false;
-  [[gnu::always_inline]] A operator()(A v) const { return mul_add(factor, v, zero); }
 };
 struct NoThreshold {};
 template <class A, bool Dear, class F>
@@ -214,14 +215,15 @@ template <template <class> class Rule, template <class> class Penalty, class P, 
   int64_t done = 0;
   const Penalty<A> penalty(step.coefficients);
   penalty.with_prox([&](auto prox) __attribute__((always_inline)) {
-    done = advance_chunks<PLAIN>(rule, w, n, lanes, as_threshold(prox, penalty.cut, {w.factor, w.zero}));
+    const auto threshold = as_threshold(prox, penalty.cut, w.scaling);
+    done = advance_chunks<PLAIN>(rule, w, n, lanes, threshold);
   });
   if (done == n) return;
   // What is left of n goes through as a chunk, with zeros behind it.
   const int64_t left = n - done;
   alignas(64) P param[CHUNK] = {}, grad[CHUNK] = {};
   alignas(64) A state[MAX_STATES][CHUNK] = {}, out[CHUNK];
-  Weights<P> rest = {param, grad, {}, {}, out, w.factor, w.zero};
+  Weights<P> rest = {param, grad, {}, {}, out, w.scaling};
   for (int64_t i = 0; i < left; i++) param[i] = w.param[done + i], grad[i] = w.grad[done + i];
   for (int k = 0; k < Rule<A>::STATES; k++) {
     rest.state[k] = rest.new_state[k] = state[k];

@@ -66,7 +66,7 @@ class Runner {
   }
 
  private:
-  // Their squares are added when all of a strip is computed; those of whole chunks are added with each.
+  // Their squares are added when all of a strip is computed, those of whole chunks with each chunk.
   static bool are_short_rows(const Step& s) {
     const bool whole_chunks = s.inner >= 2 * CHUNK && s.inner % CHUNK == 0;
     return s.outer == 1 && s.coupled < 0 && s.inner < SHORT_ROW && !whole_chunks;
@@ -80,7 +80,7 @@ class Runner {
   void advance_to(int64_t at, int64_t n, A* out, double* lanes) const {
     A unused[KeepState ? 1 : MAX_STATES][KeepState ? 1 : BLOCK];
     alignas(64) P wide[COPIES ? BLOCK : 1];
-    Weights<P> w = {param + at, gradients(at, n, wide), {}, {}, out};
+    Weights<P> w = {param + at, gradients(at, n, wide), {}, {}, out, {}};
     for (int k = 0; k < MAX_STATES; k++) {
       A* stored = static_cast<A*>(step.state[k]);
       if (stored) stored += at;
@@ -395,7 +395,7 @@ class Runner {
     }
   }
 
-  // Where values of the strip wait for their norm: of weight `at` of the tensor, `index` of the strip.
+  // Where the value of weight `at` of the tensor, `index` of the strip, waits for its group's norm.
   A* held([[maybe_unused]] int64_t at, [[maybe_unused]] int64_t index) const {
     if constexpr (IN_PLACE) {
       return param + at;
@@ -405,10 +405,11 @@ class Runner {
   }
 
   // Whether a step is so cheap, group lasso alone under a rule without states, that it is computed
-  // twice, once for the norm and once to be stored: to store what a norm will change costs more.
+  // twice, once for the norm and once to be stored: to store what a norm will change costs more,
+  // where a cache has the gradients again.
   bool computes_twice() const {
-    return in_float() && IN_PLACE && step.outer == 1 && !short_rows && step.penalty < 0 &&
-           step.coupled < 0 && !step.state[0] && !step.copy;
+    return in_float() && IN_PLACE && step.outer == 1 && !short_rows && inner <= TWICE &&
+           step.penalty < 0 && step.coupled < 0 && !step.state[0] && !step.copy;
   }
 
   void compute_twice() const {
@@ -416,11 +417,10 @@ class Runner {
     for (int64_t i = 0; i < LANES; i++) lanes[i] = 0;
     const Advance<P> advance = BY_RULE<P>[step.rule][0];
     for (int64_t col = origin; col < origin + columns; col += inner) {
-      Weights<P> w = {param + address(0, col), grad + address(0, col), {}, {}, nullptr};
+      Weights<P> w = {param + address(0, col), grad + address(0, col), {}, {}, nullptr, {}};
       advance(step, w, inner, lanes);
       if constexpr (IN_PLACE) w.out = param + address(0, col);
-      w.factor = A(shrink_factor(take_sum(lanes), step.group_threshold));
-      w.zero = 0;
+      w.scaling = {A(shrink_factor(take_sum(lanes), step.group_threshold)), 0};
       advance(step, w, inner, nullptr);
     }
   }

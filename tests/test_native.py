@@ -62,6 +62,8 @@ VIEWS = {
     "short rows": ((3000, 9), 0, "resident"),
     "one weight a row": ((1000, 1), 0, "resident"),
     "rows of 64": ((100, 64), 0, "resident"),
+    "rows of whole chunks": ((50, 1088), 0, "resident"),
+    "rows and a rest": ((50, 1100), 0, "resident"),
     "long rows": ((2, 200_003), 0, "resident"),
     "rows beyond the cache": ((2, 300_007), 0, "measure"),
     "a whole layer": ((700, 701), "layer", "measure"),
