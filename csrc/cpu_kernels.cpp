@@ -12,23 +12,6 @@ namespace tl1 {
 inline namespace TL1_ISA {
 namespace {
 
-template <int64_t N>
-double tree_sum(const double* x) {
-  if constexpr (N == 1) {
-    return *x;
-  } else {
-    return tree_sum<N / 2>(x) + tree_sum<N / 2>(x + N / 2);
-  }
-}
-
-// Returns the sum of the lanes, and leaves them 0. In scalars: a short vector read from a long one
-// just written waits for memory.
-double take_sum(double* lanes) {
-  const double sum = tree_sum<LANES>(lanes);
-  for (int64_t i = 0; i < LANES; i++) lanes[i] = 0;
-  return sum;
-}
-
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class P>
@@ -45,7 +28,7 @@ class Runner {
   const P* const grad;
   const int64_t inner, width;
   const bool short_runs;
-  const bool short_rows;  // groups in one piece, and so short that a strip has more than one
+  const bool short_rows;  // groups in one piece that a block holds
   int64_t origin, columns;   // of the columns whose sums and factors are in the workspace
   int64_t rows_in_part = 0;  // that work.part has the squares of
 
@@ -66,28 +49,25 @@ class Runner {
   }
 
  private:
-  // Their squares are added when all of a strip is computed, those of whole chunks with each chunk.
   static bool are_short_rows(const Step& s) {
-    const bool whole_chunks = s.inner >= 2 * CHUNK && s.inner % CHUNK == 0;
-    return s.outer == 1 && s.coupled < 0 && s.inner < SHORT_ROW && !whole_chunks;
+    return s.outer == 1 && s.coupled < 0 && s.inner <= BLOCK;
   }
 
   int64_t address(int64_t row, int64_t col) const { return tile.base + row * width + col; }
 
-  // Update and threshold the weights [at, at + n), n <= BLOCK: their values go to out. With lanes,
-  // which only float32 arithmetic has, their squares are added there.
+  // Update and threshold the weights [at, at + n), n <= BLOCK: their values go to out.
   template <bool KeepState>
-  void advance_to(int64_t at, int64_t n, A* out, double* lanes) const {
+  void advance_to(int64_t at, int64_t n, A* out, Behind<A> behind = {}) const {
     A unused[KeepState ? 1 : MAX_STATES][KeepState ? 1 : BLOCK];
     alignas(64) P wide[COPIES ? BLOCK : 1];
-    Weights<P> w = {param + at, gradients(at, n, wide), {}, {}, out, {}};
+    Weights<P> w = {param + at, gradients(at, n, wide), {}, {}, out, behind};
     for (int k = 0; k < MAX_STATES; k++) {
       A* stored = static_cast<A*>(step.state[k]);
       if (stored) stored += at;
       w.state[k] = stored;
       w.new_state[k] = KeepState ? stored : unused[KeepState ? 0 : k];
     }
-    BY_RULE<P>[step.rule][step.penalty + 1](step, w, n, lanes);
+    BY_RULE<P>[step.rule][step.penalty + 1](step, w, n);
   }
 
   // Calls f(copy, gradients) with their type, if there is a copy.
@@ -126,14 +106,15 @@ class Runner {
     SIMD for (int64_t i = 0; i < n; i++) store(t[i], clean, out[i]);
   }
 
-  // factor * t, never -0. In full precision adding +0 in the same operation does it.
-  static void store_scaled(A factor, A t, P& out) {
-    store(mul_add(factor, t, A(0)), !IN_PLACE || !FUSED, out);
-  }
+  static void store_scaled(A factor, A t, P& out) { store(scaled(factor, t), !IN_PLACE, out); }
 
   void put_scaled(const A* t, A factor, int64_t at, int64_t n) const {
     P* out = param + at;
-    SIMD for (int64_t i = 0; i < n; i++) store_scaled(factor, t[i], out[i]);
+    const int64_t whole = n / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) {
+      SIMD for (int64_t k = i; k < i + LANES; k++) store_scaled(factor, t[k], out[k]);
+    }
+    for (int64_t i = whole; i < n; i++) store_scaled(factor, t[i], out[i]);
     put_copy(at, n);
   }
 
@@ -177,19 +158,19 @@ class Runner {
   template <bool KeepState>
   void advance_block(int64_t at, int64_t n, int64_t index, A* out, double* sums) {
     if (step.coupled >= 0) return advance_coupled<KeepState>(at, n, index, out, sums);
-    if (short_runs) advance_to<KeepState>(at, n, out, nullptr);
+    advance_to<KeepState>(at, n, out);
     each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
       if (short_runs) {
         add_to_columns(out + i, col, m);
       } else {
-        advance_row<KeepState>(at + i, col, m, out + i, sums);
+        add_to_groups(out + i, col, m, sums);
       }
     });
   }
 
   template <bool KeepState>
   void advance_coupled(int64_t at, int64_t n, int64_t index, A* out, double* sums) {
-    advance_to<KeepState>(at, n, out, nullptr);
+    advance_to<KeepState>(at, n, out);
     // Rounded, as the cut is by which the weights will shrink.
     const double offset = A(tl1::offset(step.coupled, step.coupling.tau)), unit = step.unit;
     const Measures groups = of_groups(sums), slots = of_columns();
@@ -276,26 +257,19 @@ class Runner {
     }
   }
 
-  // The weights [at, at + n) are of one row and begin with column `col`.
-  template <bool KeepState>
-  void advance_row(int64_t at, int64_t col, int64_t n, A* out, double* sums) const {
+  void add_to_groups(const A* t, int64_t col, int64_t n, double* sums) const {
     double* lanes = work.columns;
     const int64_t first = origin / inner, end = origin + columns;
     each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
-      A* values = out + (from - col);
-      advance_to<KeepState>(at + (from - col), to - from, values, in_float() ? lanes : nullptr);
-      if (!in_float()) add_squares_to(lanes, values, to - from, step.unit);
+      add_squares(t + (from - col), to - from, step.unit, lanes);
       if (to == end || to == (group + 1) * inner) sums[group - first] += take_sum(lanes);
     });
   }
 
-  // Whether a few squares may be added in float32, whose range they do not leave.
-  bool in_float() const { return sizeof(A) == sizeof(float) && step.unit == 1; }
-
   void add_to_columns(const A* t, int64_t col, int64_t n) {
     const double unit = step.unit;
     double* column = work.columns + (col - origin);
-    if (!in_float()) {
+    if (!in_float<A>(unit)) {
       SIMD for (int64_t i = 0; i < n; i++) column[i] += square_of(t[i], unit);
       return;
     }
@@ -304,10 +278,7 @@ class Runner {
       rows_in_part = 1;
     }
     float* part = work.part + (col - origin);
-    SIMD for (int64_t i = 0; i < n; i++) {
-      const float x = static_cast<float>(t[i]);
-      part[i] = mul_add(x, x, part[i]);
-    }
+    SIMD for (int64_t i = 0; i < n; i++) add_square(static_cast<float>(t[i]), part[i]);
   }
 
   // Short runs: from columns to groups. They are never cut, so the columns begin with a group.
@@ -374,24 +345,23 @@ class Runner {
     for (int64_t at = tile.col0; at < tile.col1; at += BLOCK) {
       const int64_t n = smaller(BLOCK, tile.col1 - at);
       if constexpr (IN_PLACE) {
-        advance_to<true>(at, n, param + at, nullptr);
+        advance_to<true>(at, n, param + at);
         put_copy(at, n);
       } else {
-        advance_to<true>(at, n, block, nullptr);
+        advance_to<true>(at, n, block);
         put(block, at, n);
       }
     }
   }
 
   void resident() {
+    if constexpr (IN_PLACE) {
+      if (step.outer == 1 && step.coupled < 0 && inner % CHUNK == 0) return overlapped();
+    }
     for (int64_t col = tile.col0; col < tile.col1; col += tile.strip) {
       origin = col;
       columns = smaller(tile.strip, tile.col1 - col);
-      if (computes_twice()) {
-        compute_twice();
-      } else {
-        resident_strip();
-      }
+      resident_strip();
     }
   }
 
@@ -404,24 +374,40 @@ class Runner {
     }
   }
 
-  // Whether a step is so cheap, group lasso alone under a rule without states, that it is computed
-  // twice, once for the norm and once to be stored: to store what a norm will change costs more,
-  // where a cache has the gradients again.
-  bool computes_twice() const {
-    return in_float() && IN_PLACE && step.outer == 1 && !short_rows && inner <= TWICE &&
-           step.penalty < 0 && step.coupled < 0 && !step.state[0] && !step.copy;
-  }
-
-  void compute_twice() const {
-    double* lanes = work.columns;
-    for (int64_t i = 0; i < LANES; i++) lanes[i] = 0;
-    const Advance<P> advance = BY_RULE<P>[step.rule][0];
-    for (int64_t col = origin; col < origin + columns; col += inner) {
-      Weights<P> w = {param + address(0, col), grad + address(0, col), {}, {}, nullptr, {}};
-      advance(step, w, inner, lanes);
-      if constexpr (IN_PLACE) w.out = param + address(0, col);
-      w.scaling = {A(shrink_factor(take_sum(lanes), step.group_threshold)), 0};
-      advance(step, w, inner, nullptr);
+  // Groups in one piece, of whole chunks: each strip is scaled while the next one is advanced, so that
+  // memory is asked for weights all the time.
+  void overlapped() const {
+    A* const factors = reinterpret_cast<A*>(work.spread);  // of the tile, by chunk
+    double* const sums = work.sums;
+    const int64_t start = address(0, tile.col0), n = tile.col1 - tile.col0, strip = tile.strip;
+    for (int64_t first = 0; first < n; first += strip) {
+      const int64_t end = smaller(first + strip, n), groups = (end - first) / inner;
+      alignas(64) double lanes[SUMS] = {};
+      for (int64_t i = first; i < end; i += BLOCK) {
+        const int64_t at = start + i, m = smaller(BLOCK, end - i);
+        A* const values = held(at, 0);
+        if (first == 0) {
+          advance_to<true>(at, m, values);
+        } else {
+          advance_to<true>(at, m, values, {values - strip, factors + (i - strip) / CHUNK});
+          put_copy(at - strip, m);
+        }
+        if (short_rows) {
+          sum_rows(values, groups, inner, step.unit, work.columns, sums);
+        } else {
+          add_squares(values, m, step.unit, lanes);
+        }
+      }
+      if (!short_rows) sums[0] = take_sum(lanes);
+      const double threshold = step.group_threshold;
+      SIMD for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], threshold);
+      A* by_chunk = factors + first / CHUNK;
+      for (int64_t g = 0; g < groups; g++) {
+        for (int64_t i = 0; i < inner; i += CHUNK) *by_chunk++ = A(sums[g]);
+      }
+    }
+    for (int64_t i = n > strip ? n - strip : 0; i < n; i += CHUNK) {
+      put_scaled(held(start + i, 0), factors[i / CHUNK], start + i, CHUNK);
     }
   }
 
@@ -429,10 +415,10 @@ class Runner {
   void advance_strip(double* sums) {
     if (short_rows) {
       each_block([&](int64_t at, int64_t n, int64_t index) {
-        advance_to<true>(at, n, held(at, index), nullptr);
+        advance_to<true>(at, n, held(at, index));
       });
       const A* values = held(address(tile.row0, origin), 0);
-      return sum_rows(values, columns / inner, inner, step.unit, sums);
+      return sum_rows(values, columns / inner, inner, step.unit, work.columns, sums);
     }
     clear_sums(sums);
     each_block([&](int64_t at, int64_t n, int64_t index) {
@@ -454,7 +440,8 @@ class Runner {
     }
     const double threshold = step.group_threshold;
     SIMD for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], threshold);
-    const A* by_column = short_runs || short_rows ? spread(sums) : nullptr;
+    const bool whole = inner % LANES == 0;
+    const A* by_column = short_runs || (short_rows && !whole) ? spread(sums) : nullptr;
     for (int64_t row = tile.row0; row < tile.row1; row++) {
       const int64_t at = address(row, origin);
       scale(held(at, (row - tile.row0) * columns), at, origin, columns, sums, by_column);
@@ -503,7 +490,7 @@ class Runner {
       if constexpr (IN_PLACE) {
         values = param + at;
       } else {
-        advance_to<true>(at, n, v, nullptr);
+        advance_to<true>(at, n, v);
       }
       each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
         shrink(values + i, tile.row0 + (index + i) / columns, col, m, shrinks);
@@ -527,7 +514,7 @@ class Runner {
     } else {
       alignas(64) A t[BLOCK];
       each_block([&](int64_t at, int64_t n, int64_t index) {
-        advance_to<true>(at, n, t, nullptr);
+        advance_to<true>(at, n, t);
         each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
           scale(t + i, at + i, col, m, factors, by_column);
         });

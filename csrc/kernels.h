@@ -13,12 +13,10 @@ namespace tl1 {
 enum class Stored { float32, float64, bfloat16, float16 };
 
 constexpr int MAX_STATES = 3;
-constexpr int64_t BLOCK = 512;         // weights that wait in L1 between two loops
+constexpr int64_t BLOCK = 1024;        // weights that wait in L1 between two loops
 constexpr int64_t AHEAD = 768;         // weights from what is computed to what memory is asked for
 constexpr int64_t CHUNK = 64;          // weights that skip a threshold's root together
 constexpr int64_t SHORT_RUN = 64;      // runs of a group shorter than this are summed by column
-constexpr int64_t SHORT_ROW = 1024;    // groups in one piece shorter than this are summed by strip
-constexpr int64_t TWICE = 1 << 15;     // weights of a group that may be computed twice
 constexpr int64_t COLUMNS = 8192;      // columns summed side by side; a tile of short runs has no more
 constexpr int64_t RESIDENT = 1 << 18;  // weights whose thresholded values wait in cache for the norm
 

@@ -61,7 +61,6 @@ namespace schedule {
 constexpr int64_t FLAT_TILE = 1 << 16;     // weights; enough that taking a tile costs nothing
 constexpr int64_t LONG_TILE = 1 << 18;     // of large tensors: memory likes long streams better
 constexpr int64_t LONG_TILES = 64;         // large is what gives that many, for as many threads
-constexpr int64_t SMALL_STRIP = 2048;      // weights that wait in L1, where groups are that small
 constexpr int64_t STREAM = 1024;           // columns that memory still delivers at speed
 constexpr int64_t MEASURE_TILE = 1 << 18;  // weights
 constexpr int64_t REDUCED = 1024;          // groups whose sums one thread adds up
@@ -86,7 +85,7 @@ inline int64_t resident_strip(const Step& s) {
   const int64_t row_width = width(s), limit = s.inner < SHORT_RUN ? COLUMNS : RESIDENT;
   const int64_t most = std::min(RESIDENT / s.outer, limit) / s.inner * s.inner;
   if (s.outer == 1) {
-    return std::min(most, std::max(s.inner, SMALL_STRIP / s.inner * s.inner));
+    return std::min(most, std::max(s.inner, BLOCK / s.inner * s.inner));
   }
   return most >= row_width ? row_width : (most >= STREAM ? most : 0);
 }
