@@ -59,11 +59,16 @@ void add_squares(const A* t, int64_t n, double unit, double* sums) {
       for (; at + 16 * LANES <= n; at += 16 * LANES) add_few<4 * LANES, 4>(t + at, sums);
       for (; at + 4 * LANES <= n; at += 4 * LANES) add_few<4 * LANES, 1>(t + at, sums);
       for (; at + LANES <= n; at += LANES) add_few<LANES, 1>(t + at, sums);
-      if (at < n) {
-        alignas(64) float rest[LANES] = {};
-        for (int64_t i = 0; at + i < n; i++) rest[i] = t[at + i];
-        add_few<LANES, 1>(rest, sums);
+      if (at == n) return;
+      alignas(64) float rest[LANES] = {};
+      if (n < LANES) {
+        for (int64_t i = 0; i < n; i++) rest[i] = t[i];
+      } else {  // a whole vector, some of whose squares have been added
+        const float* last = t + n - LANES;
+        const int32_t added = static_cast<int32_t>(at - (n - LANES));
+        SIMD for (int32_t i = 0; i < LANES; i++) rest[i] = i < added ? 0.0f : last[i];
       }
+      add_few<LANES, 1>(rest, sums);
       return;
     }
   }
@@ -108,7 +113,7 @@ inline double take_sum(double* sums) {
 // SUMS. Groups with too few weights for lanes of their own are lanes themselves.
 template <class A>
 void sum_rows(const A* t, int64_t groups, int64_t inner, double unit, double* lanes, double* sums) {
-  if (inner < LANES) {
+  if (inner < 2 * LANES) {
     for (int64_t g = 0; g < groups; g++) sums[g] = 0;
     for (int64_t i = 0; i < inner; i++) {
       SIMD for (int64_t g = 0; g < groups; g++) sums[g] += square_of(t[g * inner + i], unit);

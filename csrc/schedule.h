@@ -112,12 +112,22 @@ inline void resident(const Step& s, int64_t index, int64_t base, int64_t strip, 
   }
 }
 
+// Columns of a tile of two sweeps. Whole rows where they fit: what a thread asks memory for ahead of
+// the end of a piece is lost. As many in each tile of a row: a narrow one would take as long as a wide
+// one.
+inline int64_t measured_columns(const Step& s, int64_t rows) {
+  const bool short_runs = s.inner < SHORT_RUN;
+  const int64_t unit = short_runs ? ceil_div(CHUNK, s.inner) * s.inner : CHUNK;
+  const int64_t most = short_runs ? COLUMNS : std::max(COLUMNS, MEASURE_TILE / rows);
+  const int64_t tiles = ceil_div(width(s), most / unit * unit);
+  return ceil_div(ceil_div(width(s), tiles), unit) * unit;
+}
+
 inline void two_sweeps(const Step& s, int64_t index, int64_t base, Schedule& plan) {
   const int64_t row_width = width(s);
   const int64_t least = ceil_div(s.outer, ROW_TILES * WHOLE_LINES) * WHOLE_LINES;
   const int64_t rows = std::max(ROWS, least);
-  int64_t columns = std::max(STREAM, MEASURE_TILE / std::min(rows, s.outer));
-  if (s.inner < SHORT_RUN) columns = std::min(columns, COLUMNS) / s.inner * s.inner;
+  const int64_t columns = measured_columns(s, std::min(rows, s.outer));
   const size_t first_tile = plan.first.size();
   for (int64_t row = 0; row < s.outer; row += rows) {
     for (int64_t col = 0; col < row_width; col += columns) {
