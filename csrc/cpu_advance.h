@@ -35,6 +35,7 @@ struct Weights {
   const A* state[MAX_STATES];
   A* new_state[MAX_STATES];
   A* out;
+  int64_t ahead;  // from each chunk to the one that memory is asked for
   Behind<A> behind;
 };
 
@@ -77,9 +78,9 @@ bool any_alive(const A* v, A cut) {
 // so that others from further ahead cost more than they bring. Always inline: GCC drops a call of a
 // function that only prefetches.
 template <int Write, class T>
-[[gnu::always_inline]] inline void prefetch_ahead(const T* chunk) {
+[[gnu::always_inline]] inline void prefetch(const T* chunk) {
   constexpr int64_t LINE = 64 / sizeof(T);
-  for (int64_t i = 0; i < CHUNK; i += LINE) __builtin_prefetch(chunk + AHEAD + i, Write);
+  for (int64_t i = 0; i < CHUNK; i += LINE) __builtin_prefetch(chunk + i, Write);
 }
 
 // The whole chunks among n weights; returns how many weights are in them. Everything here is inline:
@@ -102,9 +103,9 @@ template <bool PLAIN, class Rule, class P, class T>
       if constexpr (Rule::STATES > 2) w.new_state[2][at + i] = s2;
       return v;
     };
-    prefetch_ahead<1>(w.param + at);
-    prefetch_ahead<0>(w.grad + at);
-    for (int k = 0; k < Rule::STATES; k++) prefetch_ahead<1>(w.state[k] + at);
+    prefetch<1>(w.param + at + w.ahead);
+    prefetch<0>(w.grad + at + w.ahead);
+    for (int k = 0; k < Rule::STATES; k++) prefetch<1>(w.state[k] + at + w.ahead);
     A* out = w.out + at;
     if constexpr (T::dear) {
       alignas(64) A v[CHUNK];
@@ -147,7 +148,7 @@ template <template <class> class Rule, template <class> class Penalty, class P, 
   const int64_t left = n - done;
   alignas(64) P param[CHUNK] = {}, grad[CHUNK] = {};
   alignas(64) A state[MAX_STATES][CHUNK] = {}, out[CHUNK];
-  Weights<P> rest = {param, grad, {}, {}, out, {}};
+  Weights<P> rest = {param, grad, {}, {}, out, 0, {}};
   for (int64_t i = 0; i < left; i++) param[i] = w.param[done + i], grad[i] = w.grad[done + i];
   for (int k = 0; k < Rule<A>::STATES; k++) {
     rest.state[k] = rest.new_state[k] = state[k];

@@ -31,6 +31,7 @@ class Runner {
   const bool short_rows;  // groups in one piece that a block holds
   int64_t origin, columns;   // of the columns whose sums and factors are in the workspace
   int64_t rows_in_part = 0;  // that work.part has the squares of
+  int64_t ahead = AHEAD;     // from what is advanced to what memory is asked for
 
  public:
   Runner(const Step& step, const Tile& tile, Workspace& work)
@@ -60,7 +61,7 @@ class Runner {
   void advance_to(int64_t at, int64_t n, A* out, Behind<A> behind = {}) const {
     A unused[KeepState ? 1 : MAX_STATES][KeepState ? 1 : BLOCK];
     alignas(64) P wide[COPIES ? BLOCK : 1];
-    Weights<P> w = {param + at, gradients(at, n, wide), {}, {}, out, behind};
+    Weights<P> w = {param + at, gradients(at, n, wide), {}, {}, out, ahead, behind};
     for (int k = 0; k < MAX_STATES; k++) {
       A* stored = static_cast<A*>(step.state[k]);
       if (stored) stored += at;
@@ -316,16 +317,26 @@ class Runner {
   // Calls f(at, n, index) for the tile's weights [at, at + n), n <= BLOCK, from the first row to the
   // last; `index` counts them. Where a row of the tile is a row of the tensor, blocks span rows.
   template <class F>
-  void each_block(F f) const {
+  void each_block(F f) {
     const bool whole = columns == width;
     const int64_t rows = tile.row1 - tile.row0;
     const int64_t length = whole ? rows * columns : columns;
+    const int64_t turn = whole || columns < AHEAD ? length : columns - AHEAD;
     for (int64_t row = 0; row < (whole ? 1 : rows); row++) {
       const int64_t first = address(tile.row0 + row, origin);
-      for (int64_t i = 0; i < length; i += BLOCK) {
-        f(first + i, smaller(BLOCK, length - i), row * columns + i);
+      for (int64_t i = 0, n; i < length; i += n) {
+        n = smaller(BLOCK, (i < turn ? turn : length) - i);
+        ahead = ahead_of(i);
+        f(first + i, n, row * columns + i);
       }
     }
+    ahead = AHEAD;
+  }
+
+  // From weight i of a row of the tile to what is asked for meanwhile, which is near the row's end the
+  // next one's beginning.
+  int64_t ahead_of(int64_t i) const {
+    return i + AHEAD < columns ? AHEAD : AHEAD + width - columns;
   }
 
   // Calls f(i, col, m) for the stretches of one row within the block that begins with weight `index`
@@ -480,7 +491,7 @@ class Runner {
     fold_columns(tile.sums);
   }
 
-  void finish_coupled() const {
+  void finish_coupled() {
     double* all = const_cast<double*>(tile.factors);  // it only reads them
     const Measures shrinks = Measures::in(all, step.groups).from(origin / inner);
     if (short_runs) spread_coupled(shrinks);
@@ -499,7 +510,7 @@ class Runner {
     keep(shrinks);
   }
 
-  void finish() const {
+  void finish() {
     if (step.coupled >= 0) return finish_coupled();
     const double* factors = tile.factors + origin / inner;
     const A* by_column = short_runs ? spread(factors) : nullptr;
@@ -507,7 +518,7 @@ class Runner {
       for (int64_t row = tile.row0; row < tile.row1; row++) {
         for (int64_t i = 0; i < columns; i += CHUNK) {
           const int64_t at = address(row, origin + i), n = smaller(CHUNK, columns - i);
-          prefetch_ahead<1>(param + at);
+          prefetch<1>(param + at + AHEAD);
           scale(param + at, at, origin + i, n, factors, by_column);
         }
       }
