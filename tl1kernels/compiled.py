@@ -43,14 +43,13 @@ def step(number: int, param_groups: Sequence[dict[str, Any]]) -> None:
 
 def _run(params: list[Tensor], grads: list[Tensor], places: list[int], number: int) -> None:
     optimizer = _optimizers[number]
-    given = dict(zip(places, grads, strict=True))
+    given = set(places)
     everyone: list[Tensor] = []
-    of_groups, grads_of_groups = [], []
+    of_groups = []
     for group in optimizer.param_groups:
         here = range(len(everyone), len(everyone) + len(group["params"]))
         everyone += group["params"]
         of_groups.append([everyone[place] for place in here if place in given])
-        grads_of_groups.append([given[place] for place in here if place in given])
     # Where the compiler made copies, they have what the graph wrote before the step, and will be
     # written back over the parameters.
     copies = [
@@ -61,7 +60,7 @@ def _run(params: list[Tensor], grads: list[Tensor], places: list[int], number: i
     with torch.no_grad():
         for copy, param in copies:
             param.copy_(copy)
-        optimizer._take_step(of_groups, grads_of_groups)
+        optimizer._take_step(of_groups, grads)
         for copy, param in copies:
             copy.copy_(param)
 

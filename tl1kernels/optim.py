@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -195,20 +195,16 @@ class _Proximal(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params, grads = [], []
-        for group in self.param_groups:
-            there = list(group["params"])
-            theirs = [param.grad for param in there]
-            if type(None) in set(map(type, theirs)):
-                there = [param for param in there if param.grad is not None]
-                theirs = [param.grad for param in there]
-            params.append(there)
-            grads.append(theirs)
+        params = [group["params"] for group in self.param_groups]
+        grads = [param.grad for param in chain(*params)]
+        if type(None) in set(map(type, grads)):
+            params = [[p for p in there if p.grad is not None] for there in params]
+            grads = [param.grad for param in chain(*params)]
         self._take_step(params, grads)
         return loss
 
-    def _take_step(self, params: list[list[Tensor]], grads: list[list[Tensor]]) -> None:
-        """Take a step on some parameters of each param group, with these gradients."""
+    def _take_step(self, params: list[list[Tensor]], grads: list[Tensor]) -> None:
+        """Take a step on some parameters of each param group, with the gradients of all of them."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # a GradScaler's
         of_group = itemgetter(*self.defaults)
         options = [of_group(group) for group in self.param_groups]
@@ -229,13 +225,15 @@ class _Proximal(torch.optim.Optimizer):
     def _plan(
         self,
         params: list[list[Tensor]],
-        grads: list[list[Tensor]],
+        grads: list[Tensor],
         options: list[tuple[Any, ...]],
     ) -> _Planned:
         """Check everything and prepare the batches of a step."""
         work: list[tuple[Rule, str | None, Entry, Tensor]] = []
         groups = []
-        for group, with_grad, theirs in zip(self.param_groups, params, grads, strict=True):
+        remaining = iter(grads)
+        for group, with_grad in zip(self.param_groups, map(list, params), strict=True):
+            theirs = list(islice(remaining, len(with_grad)))
             reg = check_group(group, with_grad, theirs)
             rule, scalars = self._rule(group)
             options_of_reg = plain(of_regularizer(group))
@@ -260,21 +258,24 @@ class _Proximal(torch.optim.Optimizer):
         self,
         planned: _Planned,
         params: list[list[Tensor]],
-        grads: list[list[Tensor]],
+        grads: list[Tensor],
         options: list[tuple[Any, ...]],
     ) -> bool:
         """Fit the last step's batches to this one; return False if they cannot be."""
         if list(map(len, params)) != [len(group.params) for group in planned.groups]:
             return False
-        if not planned.batches.renew([*chain(*params)], [*chain(*grads)]):
+        if not planned.batches.renew([*chain(*params)], grads):
             return False
-        for i, (group, there, new) in enumerate(
-            zip(self.param_groups, planned.groups, options, strict=True)
-        ):
+        for there in planned.groups:
             if there.masters:
                 pairs = zip(there.params, there.entries, strict=True)
                 if any(e.copy is p and self._master_of(p) is not e.param for p, e in pairs):
                     return False
+        if unchanged(planned.options, options):  # of all groups at once: there may be hundreds
+            return True
+        for i, (group, there, new) in enumerate(
+            zip(self.param_groups, planned.groups, options, strict=True)
+        ):
             if unchanged(planned.options[i], new):
                 continue
             rule, scalars = self._rule(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from operator import itemgetter
 from typing import Any
@@ -64,7 +65,7 @@ of_structure = itemgetter(
 )
 
 
-def unchanged(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
+def unchanged(old: Sequence[Any], new: Sequence[Any]) -> bool:
     """Return whether options are what they were, given as `plain` and as they are."""
     try:
         return old == new
