@@ -111,11 +111,7 @@ class Runner {
 
   void put_scaled(const A* t, A factor, int64_t at, int64_t n) const {
     P* out = param + at;
-    const int64_t whole = n / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES) {
-      SIMD for (int64_t k = i; k < i + LANES; k++) store_scaled(factor, t[k], out[k]);
-    }
-    for (int64_t i = whole; i < n; i++) store_scaled(factor, t[i], out[i]);
+    SIMD for (int64_t i = 0; i < n; i++) store_scaled(factor, t[i], out[i]);
     put_copy(at, n);
   }
 
