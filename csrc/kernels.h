@@ -17,7 +17,7 @@ constexpr int64_t BLOCK = 1024;        // weights that wait in L1 between two lo
 constexpr int64_t AHEAD = 768;         // weights from what is computed to what memory is asked for
 constexpr int64_t CHUNK = 64;          // weights that skip a threshold's root together
 constexpr int64_t SHORT_RUN = 64;      // runs of a group shorter than this are summed by column
-constexpr int64_t COLUMNS = 8192;      // columns summed side by side; a tile of short runs has no more
+constexpr int64_t COLUMNS = 1 << 14;   // columns summed side by side; a tile of short runs has no more
 constexpr int64_t RESIDENT = 1 << 18;  // weights whose thresholded values wait in cache for the norm
 
 // One tensor's step. Its memory is (blocks, outer, groups, inner); see tl1kernels/views.py.
