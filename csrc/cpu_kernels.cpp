@@ -317,7 +317,7 @@ class Runner {
     const bool whole = columns == width;
     const int64_t rows = tile.row1 - tile.row0;
     const int64_t length = whole ? rows * columns : columns;
-    const int64_t turn = whole || columns < AHEAD ? length : columns - AHEAD;
+    const int64_t turn = whole || columns < AHEAD ? length : columns - AHEAD;  // see ahead_of
     for (int64_t row = 0; row < (whole ? 1 : rows); row++) {
       const int64_t first = address(tile.row0 + row, origin);
       for (int64_t i = 0, n; i < length; i += n) {

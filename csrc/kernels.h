@@ -71,7 +71,7 @@ struct Workspace {
   alignas(64) double columns[MEASURES * COLUMNS];
   alignas(64) double sums[MEASURES * COLUMNS];
   alignas(64) float part[COLUMNS];  // sums of squares by column, of the latest few rows
-  alignas(64) unsigned char spread[(COLUMNS + CHUNK) * sizeof(double)];  // factors by column
+  alignas(64) unsigned char spread[(COLUMNS + CHUNK) * sizeof(double)];  // factors, by column or chunk
   alignas(64) unsigned char cuts[COLUMNS * sizeof(double)];    // the same of a coupled group's cuts
   alignas(64) float values[RESIDENT + BLOCK];  // of 16-bit weights, thresholded
 };

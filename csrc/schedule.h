@@ -62,11 +62,13 @@ constexpr int64_t FLAT_TILE = 1 << 16;     // weights; enough that taking a tile
 constexpr int64_t LONG_TILE = 1 << 18;     // of large tensors: memory likes long streams better
 constexpr int64_t LONG_TILES = 64;         // large is what gives that many, for as many threads
 constexpr int64_t STREAM = 1024;           // columns that memory still delivers at speed
-constexpr int64_t MEASURE_TILE = 1 << 18;  // weights
+constexpr int64_t MEASURE_TILE = 1 << 18;  // weights, where runs are long
 constexpr int64_t REDUCED = 1024;          // groups whose sums one thread adds up
 constexpr int64_t ROW_TILES = 64;          // at most, and
 constexpr int64_t ROWS = 32;               // at least: what bounds the memory of the sums
 constexpr int64_t WHOLE_LINES = 16;        // rows, of any width, that end where a cache line does
+
+static_assert(LONG_TILE / CHUNK <= COLUMNS && RESIDENT / CHUNK <= COLUMNS);  // factors by chunk
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
