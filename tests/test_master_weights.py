@@ -63,7 +63,14 @@ def test_the_master_is_what_a_float32_weight_becomes(
 
 @pytest.mark.parametrize(
     ("shape", "group_by"),
-    [((3, 9000), "out"), ((300, 70), "in"), ((20, 6, 3, 3), "in"), ((8, 5, 2, 2), "filter_slice")],
+    [
+        ((3, 9000), "out"),
+        ((40, 192), "out"),
+        ((3, 4096), "out"),
+        ((300, 70), "in"),
+        ((20, 6, 3, 3), "in"),
+        ((8, 5, 2, 2), "filter_slice"),
+    ],
 )
 def test_groups_of_every_size_and_layout(shape, group_by, each_backend):
     for layout in (torch.contiguous_format, torch.channels_last):
