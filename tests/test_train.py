@@ -1,6 +1,7 @@
 """`tl1kernels train digits`: the files it leaves, going on after Ctrl-C, and what it promises."""
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -249,8 +250,10 @@ def test_hidden_neurons_all_speak_at_the_start():
 def test_ctrl_c_saves_finished_runs_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "tl1kernels", "train", "digits", "--out", str(tmp_path)]
     command += ["--seeds", "1", "--epochs", "60", "--methods", "none", "l1", "tl1", "--jobs", "1"]
+    # A job in the background ignores Ctrl-C, and so would what it starts.
+    heeds_it = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=dict(os.environ)
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds_it
     )
     while not list((tmp_path / "runs").glob("*.json")) and process.poll() is None:
         time.sleep(0.05)
