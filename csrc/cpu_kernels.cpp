@@ -381,6 +381,12 @@ class Runner {
     }
   }
 
+  // Turns sums of squares into what their groups are scaled by.
+  void to_factors(double* sums, int64_t groups) const {
+    const double threshold = step.group_threshold;
+    SIMD for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], threshold);
+  }
+
   // Groups in one piece, of whole chunks: each strip is scaled while the next one is advanced, so that
   // memory is asked for weights all the time.
   void overlapped() const {
@@ -406,8 +412,7 @@ class Runner {
         }
       }
       if (!short_rows) sums[0] = take_sum(lanes);
-      const double threshold = step.group_threshold;
-      SIMD for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], threshold);
+      to_factors(sums, groups);
       A* by_chunk = factors + first / CHUNK;
       for (int64_t g = 0; g < groups; g++) {
         for (int64_t i = 0; i < inner; i += CHUNK) *by_chunk++ = A(sums[g]);
@@ -445,8 +450,7 @@ class Runner {
       }
       return shrink_strip(of);
     }
-    const double threshold = step.group_threshold;
-    SIMD for (int64_t g = 0; g < groups; g++) sums[g] = shrink_factor(sums[g], threshold);
+    to_factors(sums, groups);
     const bool whole = inner % LANES == 0;
     const A* by_column = short_runs || (short_rows && !whole) ? spread(sums) : nullptr;
     for (int64_t row = tile.row0; row < tile.row1; row++) {

@@ -33,6 +33,12 @@ bool in_float(double unit) { return sizeof(A) == sizeof(float) && unit == 1; }
 
 inline void add_square(float x, float& sum) { sum = mul_add(x, x, sum); }
 
+// Adds 4 * N numbers to N sums, the first of them.
+template <int64_t N, class T>
+void fold_four(T* x) {
+  SIMD for (int64_t i = 0; i < N; i++) x[i] = (x[i] + x[i + N]) + (x[i + 2 * N] + x[i + 3 * N]);
+}
+
 // Adds the squares of N * ROUNDS weights to SUMS sums, N numbers at a time.
 template <int64_t N, int64_t ROUNDS>
 void add_few(const float* t, double* sums) {
@@ -40,11 +46,7 @@ void add_few(const float* t, double* sums) {
   for (int64_t k = 0; k < ROUNDS; k++) {
     SIMD for (int64_t i = 0; i < N; i++) add_square(t[k * N + i], part[i]);
   }
-  if constexpr (N == 4 * LANES) {
-    SIMD for (int64_t i = 0; i < LANES; i++) {
-      part[i] = (part[i] + part[i + LANES]) + (part[i + 2 * LANES] + part[i + 3 * LANES]);
-    }
-  }
+  if constexpr (N == 4 * LANES) fold_four<LANES>(part);
   alignas(64) double wide[LANES];
   SIMD for (int64_t i = 0; i < LANES; i++) wide[i] = static_cast<double>(part[i]);
   SIMD for (int64_t i = 0; i < SUMS; i++) sums[i] += wide[i] + wide[i + SUMS];
@@ -77,9 +79,8 @@ void add_squares(const A* t, int64_t n, double unit, double* sums) {
     SIMD for (int64_t i = 0; i < 4 * SUMS; i++) part[i] += square_of(t[at + i], unit);
   }
   for (int64_t i = 0; at + i < n; i++) part[i] += square_of(t[at + i], unit);
-  SIMD for (int64_t i = 0; i < SUMS; i++) {
-    sums[i] += (part[i] + part[i + SUMS]) + (part[i + 2 * SUMS] + part[i + 3 * SUMS]);
-  }
+  fold_four<SUMS>(part);
+  SIMD for (int64_t i = 0; i < SUMS; i++) sums[i] += part[i];
 }
 
 constexpr int64_t ROWS_IN_PART = 16;  // rows of a column whose squares may be added in float32

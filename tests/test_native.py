@@ -88,6 +88,18 @@ def tiles(view):
     return np.array(flat, dtype=np.int64).reshape(-1, 7)
 
 
+@pytest.mark.parametrize(
+    "name", ["more columns than a tile", "more of both", "more of them than a tile"]
+)
+def test_rows_of_several_tiles_are_cut_evenly(name):
+    shape, group_by, path = VIEWS[name]
+    rows = tiles(view_of(torch.empty(shape), group_by))
+    widths = {start: end - start for start, end in rows[:, 4:6].tolist()}
+    assert len(widths) > 1
+    if path == "measure":
+        assert min(widths.values()) > 0.9 * max(widths.values())
+
+
 @pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_path_agrees_with_the_reference(build, name, dtype):
