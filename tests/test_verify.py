@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from itertools import product
 
 import numpy as np
@@ -154,7 +155,12 @@ def test_a_planted_error_fails(monkeypatch, capsys, plant):
     assert (
         cli.main(["verify", "--penalty", "tl1", "l1", "--seed", "3", "--backend", "reference"]) == 1
     )
-    assert "FAIL" in capsys.readouterr().out
+    *_, failed = capsys.readouterr().out.split("\n\n")
+    summary, *lines, again = failed.splitlines()
+    passed, of = (int(word) for word in summary.split() if word.isdigit())
+    assert len(lines) == of - passed > 0
+    assert all(re.fullmatch(r"FAIL .*, b?float\d\d: \S+, bound \S+ .+", line) for line in lines)
+    assert again == "repeat it with --backend reference --seed 3"
 
 
 def test_the_seed_repeats_the_report():
@@ -192,6 +198,40 @@ def test_a_device_that_is_not_there_is_named(capsys):
         error = capsys.readouterr().err
         assert "device must be among cpu" in error
         assert f"for backend {backend!r}, got {device!r}" in error
+
+
+@pytest.mark.parametrize("group_by", [None, "out"])
+@pytest.mark.parametrize("penalty", [None, *tk.PENALTIES])
+def test_what_is_not_undecided_does_not_jump(penalty, group_by):
+    """At kinks and ties, where a rounding of v may move the prox far, it says so; not elsewhere."""
+    if group_by is None and penalty in COUPLED:
+        pytest.skip("it needs groups")
+    generator = np.random.default_rng(7)
+    step, mu, a, shape, size = 0.3, 0.6, 1.5, (40, 3), 1e-9
+    jumped = decided = 0
+    for lam in (0.1, 1.0, 3.0):
+        v = generator.normal(size=shape).round(1)  # with ties
+        special = [0.5]
+        if penalty in oracles.ORACLES:
+            special = oracles.ORACLES[penalty].kinks(step, lam * mu, a)
+        near = generator.choice([-9, -0.5, 0, 0.5, 9], shape) * size + generator.choice(
+            special, shape
+        )
+        v = np.where(generator.random(shape) < 0.3, near, v)
+        terms = step, lam * mu, penalty, a, group_by
+        options = {"lam": lam, "mu": mu, "penalty": penalty, "a": a, "group_by": group_by}
+        maybe = oracles.undecided(v, np.full(shape, size), *terms)
+        magnified = oracles.condition(v, *terms) if penalty else 1.0
+        before = oracles.prox_as_published(v, step, **options)
+        for _ in range(10):
+            moved = v + generator.choice([-1, 1], shape) * size
+            change = np.abs(oracles.prox_as_published(moved, step, **options) - before)
+            assert (change[~maybe] <= (20 * magnified * np.ones(shape) * size)[~maybe]).all()
+            jumped += (change > 0.01).sum()
+        decided += (~maybe).sum()
+    assert decided > 60
+    jumps = "tl1", "l0", "log", "capped_l1", "l_half", "l_two_thirds", "l1_minus_l2"
+    assert (jumped > 0) == (penalty in jumps)
 
 
 def test_the_percentile_is_of_the_errors():

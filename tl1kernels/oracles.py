@@ -223,11 +223,14 @@ class Coupled:
         value: (w_g, weight) -> the weighted penalty of one group.
         published: (v_g, step, weight, group) -> w_g after the weight `group` of its l2 norm too.
         condition: (v_g, step * weight) -> by how much rounding is magnified, about.
+        undecided: (v_g, step * weight, error) -> whether the prox may jump within that error of
+            v_g.
     """
 
     value: Callable[[np.ndarray, float], float]
     published: Callable[[np.ndarray, float, float, float], np.ndarray]
     condition: Callable[[np.ndarray, float], float] = lambda v, tau: 1.0
+    undecided: Callable[[np.ndarray, float, float], bool] = lambda v, tau, error: False
 
 
 def _norm(w: np.ndarray) -> float:
@@ -257,6 +260,12 @@ def _l1_minus_l2_condition(v: np.ndarray, tau: float) -> float:
     return 1 + tau / norm if norm > 0 else 1.0
 
 
+def _l1_minus_l2_undecided(v: np.ndarray, tau: float, error: float) -> bool:
+    """Return whether two weights could each be the largest, which is kept alone."""
+    size = np.sort(np.abs(v))
+    return len(v) > 1 and size[-1] <= tau + error and size[-1] - size[-2] <= 2 * error
+
+
 def _exclusive_published(v: np.ndarray, step: float, weight: float, group: float) -> np.ndarray:
     """Kowalski 2009: a soft threshold at tau ||w||_1, found by bisection."""
     tau, size = step * weight, np.abs(v).astype(np.longdouble)
@@ -279,6 +288,7 @@ COUPLED: dict[str, Coupled] = {
         value=lambda w, weight: weight * (float(np.abs(w).sum()) - _norm(w)),
         published=_l1_minus_l2_published,
         condition=_l1_minus_l2_condition,
+        undecided=_l1_minus_l2_undecided,
     ),
     "exclusive": Coupled(
         value=lambda w, weight: weight / 2 * float(np.abs(w).sum()) ** 2,
@@ -418,3 +428,29 @@ def condition(
         for group in range(index.max() + 1)
     ]
     return np.array(of_group)[index]
+
+
+def undecided(
+    v: np.ndarray,
+    error: np.ndarray,
+    step: float,
+    weight: float,
+    penalty: str | None,
+    a: float,
+    group_by: str | int | None,
+) -> np.ndarray:
+    """Return which of the weights v the prox may put elsewhere within `error` of them: bools.
+
+    Those of a group in which a weight is at a kink, or the prox of the whole group may jump.
+    `error` has v's shape.
+    """
+    alone = np.arange(v.size).reshape(v.shape)
+    index = alone if group_by is None else group_index(v.shape, group_by)
+    if penalty in COUPLED:
+        jumps = COUPLED[penalty].undecided
+        members = [index == group for group in range(index.max() + 1)]
+        return np.array([jumps(v[of], step * weight, error[of].max()) for of in members])[index]
+    at_a_kink = np.zeros(v.shape, dtype=bool)
+    for kink in () if penalty is None else ORACLES[penalty].kinks(step, weight, a):
+        at_a_kink |= np.abs(np.abs(v) - kink) <= error
+    return np.isin(index, index[at_a_kink])

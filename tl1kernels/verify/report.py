@@ -71,13 +71,17 @@ class Report:
         lines = [f"backend {self.backend}, seed {self.seed}"]
         for section in dict.fromkeys(check.section for check in self.checks):
             lines += ["", *_table([c for c in self.checks if c.section == section])]
-        passed = sum(c.passed for c in self.checks)
+        failed = [check for check in self.checks if not check.passed]
         if self.lacking:
             lines += [
                 "",
                 f"not checked, since {self.backend} lacks them: {', '.join(self.lacking)}",
             ]
-        lines += ["", f"{passed} of {len(self.checks)} checks passed"]
+        lines += ["", f"{len(self.checks) - len(failed)} of {len(self.checks)} checks passed"]
+        # Again at the end, where a log that was cut short still has them.
+        lines += [f"FAIL {c.what}: {c.error:.3g}, bound {c.bound:g} {c.unit}" for c in failed]
+        if failed:
+            lines += [f"repeat it with --backend {self.backend} --seed {self.seed}"]
         return "\n".join(lines)
 
 
