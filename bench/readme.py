@@ -7,58 +7,71 @@ python bench/readme.py --check   exit with 1 if README.md and the results disagr
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from tl1kernels.bench import plots
 from tl1kernels.train import report
+from tl1kernels.train.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 
 
-def table2() -> str:
-    """Return DIGITS' table 2: accuracy, FLOPs, parameters, average rank."""
-    return _experiment("table2", report.TABLE_2, rank=True)
+TRAINED = "digits", "pendigits"  # the data sets whose results are committed
 
 
-def table3() -> str:
-    """Return DIGITS' table 3: which neurons and connections went."""
+def table2(dataset: str) -> str:
+    """Return a data set's table 2: accuracy, FLOPs, parameters, average rank."""
+    return _experiment(dataset, "table2", report.TABLE_2, rank=True)
+
+
+def table3(dataset: str) -> str:
+    """Return a data set's table 3: which neurons and connections went."""
     columns = {**report.TABLE_3, "neurons_removed": "neurons removed %"}
     columns["last_inputs_removed"] = "last layer: neurons removed %"
     columns["last_zeros"] = "last layer: zeros among the rest %"
-    return _experiment("table3", columns)
+    return _experiment(dataset, "table3", columns)
 
 
 def findings() -> str:
-    """Return which of the paper's claims hold on DIGITS."""
-    lines = ["| of the paper's claims | here |", "|---|---|"]
-    for row in _digits("findings")["rows"]:
-        lines.append(f"| {row['claim']} | {'holds' if row['holds'] else '**does not hold**'} |")
-    return "\n".join(lines)
+    """Return which of the paper's claims hold on each data set."""
+    holds: dict[str, list[str]] = {}
+    for dataset in TRAINED:
+        for row in _trained(dataset, "findings")["rows"]:
+            word = "holds" if row["holds"] else "**does not hold**"
+            holds.setdefault(row["claim"], []).append(word)
+    titles = [RECIPES[dataset].title for dataset in TRAINED]
+    lines = [_line("of the paper's claims", *titles), "|---" * (1 + len(TRAINED)) + "|"]
+    return "\n".join([*lines, *(_line(claim, *words) for claim, words in holds.items())])
 
 
-def _digits(name: str) -> dict:
-    return json.loads((RESULTS / "digits" / f"{name}.json").read_text())
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
-def _experiment(name: str, columns: dict[str, str], rank: bool = False) -> str:
-    results = _digits(name)
+def _trained(dataset: str, name: str) -> dict:
+    return json.loads((RESULTS / dataset / f"{name}.json").read_text())
+
+
+def _experiment(dataset: str, name: str, columns: dict[str, str], rank: bool = False) -> str:
+    results = _trained(dataset, name)
     headers = [*(title.replace("\n", " ") for title in columns.values()), *["average rank"] * rank]
     lines = ["| | " + " | ".join(headers) + " |", "|---" * (len(headers) + 1) + "|"]
     for row in results["rows"]:
         cells = [f"{row[name]:.1f} ± {row[name + '_std']:.1f}" for name in columns]
         if rank:
             cells.append(f"{row['average_rank']:.1f}" if "average_rank" in row else "")
-        lines.append(f"| {report.TITLES[row['method']]} | " + " | ".join(cells) + " |")
+        lines.append(_line(report.TITLES[row["method"]], *cells))
     environment = results["environment"]
     seeds = results["rows"][0]["seeds"]
     lines += [
         "",
-        f"Test split, mean ± standard deviation of {seeds} runs; `{results['command']}`, "
-        f"torch {environment['torch']}, {environment['machine']}.",
+        f"{RECIPES[dataset].title}, test split, mean ± standard deviation of {seeds} runs; "
+        f"`{results['command']}`, torch {environment['torch']}, {environment['machine']}.",
     ]
     return "\n".join(lines)
 
@@ -84,7 +97,7 @@ def cpu() -> str:
         late = "" if row["ratio"] <= row["bound"] else " **missed**"
         ends = f"{low}, {high}"
         cells = [row["case"], row["peer"], f"{row['ours_ms']:.1f}", ratio + late, ends, bound]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(_line(*cells))
     where = timed["environment"]
     processor = f"{where['threads']} threads of an {where['processor']} ({where['instructions']})"
     lines += [
@@ -97,7 +110,12 @@ def cpu() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"table2": table2, "table3": table3, "findings": findings, "cpu": cpu}
+TABLES = {
+    **{f"{dataset} table2": partial(table2, dataset) for dataset in TRAINED},
+    "digits table3": partial(table3, "digits"),
+    "findings": findings,
+    "cpu": cpu,
+}
 
 
 def rendered(readme: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from bench import readme
 from tl1kernels import cli
 from tl1kernels.train import data, experiment, report, run
 from tl1kernels.train.recipes import RECIPES
@@ -47,13 +48,18 @@ def test_the_splits_are_disjoint_and_the_test_split_is_never_fitted_for_a_choice
         digits("train")
 
 
-def test_chosen_options_are_committed_with_their_command():
-    file = json.loads(experiment.chosen_path("digits").read_text())
-    assert file["command"] == "tl1kernels train digits --search"
+@pytest.mark.parametrize("dataset", readme.TRAINED)
+def test_chosen_options_are_committed_with_their_command(dataset):
+    """And the tables in the README are theirs."""
+    file = json.loads(experiment.chosen_path(dataset).read_text())
+    assert file["command"] == f"tl1kernels train {dataset} --search"
     assert file["chosen"].keys() == set(run.METHODS)
+    table = json.loads((readme.RESULTS / dataset / "table2.json").read_text())
+    shown = {row["method"]: (row["lam"], row["a"]) for row in table["rows"]}
     for method, row in file["chosen"].items():
+        assert shown[method] == (row["lam"], row["a"])
         if method != "none":
-            assert row["lam"] in RECIPES["digits"].lam[method]
+            assert row["lam"] in RECIPES[dataset].lam[method]
             assert row["a"] in (experiment.SEARCH_A if method in experiment.SHAPED else (1.0,))
 
 

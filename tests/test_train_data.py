@@ -241,6 +241,7 @@ def test_a_search_chooses_and_the_final_runs_take_what_it_chose(tmp_path, capsys
     write_small("pendigits", folder)
     recipe = RECIPES["pendigits"]
     monkeypatch.setattr(experiment, "RECIPES", {"pendigits": _shorter(recipe)})
+    monkeypatch.setattr(experiment, "chosen_path", lambda _: tmp_path / "nothing.json")
     command = ["train", "pendigits", "--data", str(folder), "--out", str(out), "--epochs", "2"]
     command += ["--jobs", "1", "--seeds", "2", "--methods", "none", "scad", "integrated_tl1"]
     assert cli.main(command) == 2

@@ -1,7 +1,8 @@
 // The kernel: update rule, threshold and group shrinkage while the weights are in registers or in
 // shared memory. Read it from the bottom: a block takes items, an item is a chunk or a team's piece.
 //
-// Sums are added up in an order that only the view decides: results are the same in every run.
+// Sums are added up in an order that only the view decides, and whether its weights come in vectors:
+// results are the same in every run.
 
 #pragma once
 
