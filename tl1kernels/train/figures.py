@@ -64,7 +64,8 @@ def curves(points: Sequence[Row], dataset: str, path: Path, command: str) -> Non
             ax.grid(alpha=0.3)
         axes[0].set(ylabel=SIZES["accuracy"])
         axes[0].set_title(f"{RECIPES[dataset].title}: accuracy against size as lam grows")
-        axes[1].legend()
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
 def filters(models: Mapping[str, Path], path: Path, command: str) -> None:
