@@ -39,14 +39,14 @@ def table3(dataset: str) -> str:
 
 def findings() -> str:
     """Return which of the paper's claims hold on each data set."""
-    holds: dict[str, list[str]] = {}
-    for dataset in TRAINED:
-        for row in _trained(dataset, "findings")["rows"]:
-            word = "holds" if row["holds"] else "**does not hold**"
-            holds.setdefault(row["claim"], []).append(word)
     titles = [RECIPES[dataset].title for dataset in TRAINED]
     lines = [_line("of the paper's claims", *titles), "|---" * (1 + len(TRAINED)) + "|"]
-    return "\n".join([*lines, *(_line(claim, *words) for claim, words in holds.items())])
+    found = [_trained(dataset, "findings")["rows"] for dataset in TRAINED]
+    for rows in zip(*found, strict=True):
+        (claim,) = {row["claim"] for row in rows}
+        words = ("holds" if row["holds"] else "**does not hold**" for row in rows)
+        lines.append(_line(claim, *words))
+    return "\n".join(lines)
 
 
 def _line(*cells: str) -> str:

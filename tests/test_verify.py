@@ -160,7 +160,7 @@ def test_a_planted_error_fails(monkeypatch, capsys, plant):
     passed, of = (int(word) for word in summary.split() if word.isdigit())
     assert len(lines) == of - passed > 0
     assert all(re.fullmatch(r"FAIL .*, b?float\d\d: \S+, bound \S+ .+", line) for line in lines)
-    assert again == "repeat it with --backend reference --seed 3"
+    assert again == "the same command with --seed 3 repeats it"
 
 
 def test_the_seed_repeats_the_report():
@@ -232,6 +232,19 @@ def test_what_is_not_undecided_does_not_jump(penalty, group_by):
     assert decided > 60
     jumps = "tl1", "l0", "log", "capped_l1", "l_half", "l_two_thirds", "l1_minus_l2"
     assert (jumped > 0) == (penalty in jumps)
+
+
+def test_what_a_rounding_does_not_change_is_decided():
+    """Weights off the kinks; largest weights that tie where both of them stay, or that do not."""
+    v = np.array([[2.0, 2.0, 0.3], [0.05, -0.05, 0.01], [0.07, 0.01, 0.02]])
+    error = np.full(v.shape, 1e-9)
+    tied = oracles.undecided(v, error, 1.0, 0.1, "l1_minus_l2", 1.0, "out")
+    assert tied.all(1).tolist() == tied.any(1).tolist() == [False, True, False]
+    v[0, 0] = 0.1  # l1's kink
+    at = np.array([[True, False, False], [False] * 3, [False] * 3])
+    assert (oracles.undecided(v, error, 1.0, 0.1, "l1", 1.0, None) == at).all()
+    assert (oracles.undecided(v, error, 1.0, 0.1, "l1", 1.0, "out") == at.any(1)[:, None]).all()
+    assert not oracles.undecided(v, error, 1.0, 0.1, None, 1.0, "out").any()
 
 
 def test_the_percentile_is_of_the_errors():

@@ -81,7 +81,7 @@ class Report:
         # Again at the end, where a log that was cut short still has them.
         lines += [f"FAIL {c.what}: {c.error:.3g}, bound {c.bound:g} {c.unit}" for c in failed]
         if failed:
-            lines += [f"repeat it with --backend {self.backend} --seed {self.seed}"]
+            lines += [f"the same command with --seed {self.seed} repeats it"]
         return "\n".join(lines)
 
 
