@@ -30,7 +30,7 @@ SIZE = 8192
 # group_by, and the work that a step on a large matrix must be, by backend: see `work_of`.
 GROUPS = {
     "rows": ("out", {"triton": {"resident"}, "cuda": {"run"}}),
-    "columns": ("in", {"triton": {"split"}, "cuda": {"panel, by teams"}}),
+    "columns": ("in", {"triton": {"split, by teams"}, "cuda": {"panel, by teams"}}),
     "no groups": (None, {"triton": {"resident"}, "cuda": {"chunk"}}),
 }
 OF_COPY = {  # of the measured copy bandwidth
@@ -55,7 +55,9 @@ def work_of(step):
     (_, batch), *_ = step.__self__._planned.batches._prepared
     plan = batch.layouts["plan"]
     if isinstance(plan, triton_schedule.Schedule):
-        return {name for name in ("resident", "split") if len(getattr(plan, name).items)}
+        held = (plan.split.items[:, 1] // 2 % 4 == triton_schedule.HELD).all()
+        works = {"resident": plan.resident, "split, by teams" if held else "split": plan.split}
+        return {name for name, work in works.items() if len(work.items)}
     shapes = ("chunk", "panel", "run")
     by_teams = ", by teams" if plan.most_pieces > 1 else ""
     names = {shapes[kind >> 1 & 3] + by_teams for kind in plan.resident[:, 1].tolist()}

@@ -3,8 +3,8 @@
 Run: python -m bench.triton_sass        a table for the H100 and H200 (sm_90)
 
 Slots are instructions of the whole kernel over the weights of a thread, the fixed part of a tile
-included, and for "columns first" and "long first" what only the last tile of a team does. The
-budget: at an H200's 4.3 TB/s there are 41 slots for every 6 bytes that a weight moves.
+included, and for "held" and "first" what only the last tile of a team does. The budget: at an
+H200's 4.3 TB/s there are 41 slots for every 6 bytes that a weight moves.
 """
 
 import re
@@ -43,7 +43,7 @@ TILES = {
     **{
         f"{name} {phase}": (kernels.split_kernel, 2 * (kind + i))
         for name, kind in zip(("columns", "long"), _SPLIT, strict=True)
-        for i, phase in enumerate(("first", "second", "whole"))
+        for i, phase in enumerate(("first", "second", "whole", "held"))
         if (name, phase) != ("long", "whole")
     },
 }
@@ -52,6 +52,7 @@ TILES = {
 DTYPES = (torch.float32, torch.bfloat16)
 RULES = ("sgd", "sgd_momentum", "adam")
 ONE_PASS = ("flat", "rows 512", "rows 4096", "rows 8192")
+TEAMS = ("columns held", "long held")
 TWO_PASSES = ("columns first", "columns second", "long first", "long second")
 
 
@@ -77,7 +78,7 @@ class Code:
 def tile_of(tile: str, rule: str, dtype: torch.dtype) -> triton_schedule.Tile:
     """Return how many weights a program takes of this kind of tile, and its warps."""
     if TILES[tile][0] is kernels.split_kernel:
-        return triton_schedule.split_tile(STATES[rule])
+        return triton_schedule.split_tile(dtype.itemsize, STATES[rule])
     longest = int(tile.removeprefix("rows ")) if tile != "flat" else 0
     of = triton_schedule.resident_tile(longest, dtype.itemsize, STATES[rule])
     return triton_schedule.Tile(max(of.weights, longest), of.warps)
@@ -100,7 +101,7 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=F
         "VECTOR": 16 // dtype.itemsize,
         "KINDS": 1 << (kind + aligned),
         "TILE": of.weights,
-        "ROWS": triton_schedule.ROWS,
+        "ROWS": of.weights // triton_schedule.COLUMNS,
         "COLUMNS": triton_schedule.COLUMNS,
         **({} if stochastic else {"seed": None}),
     }
@@ -177,7 +178,7 @@ def main() -> None:
     """Print the table."""
     print(f"triton {triton.__version__}, sm_90, TL1; a weight's slots and special functions")
     print(f"{'':34}{'registers':>10}{'slots':>8}{'budget':>8}{'special':>9}{'16-byte loads':>15}")
-    for dtype, rule, tile in product(DTYPES, RULES, (*ONE_PASS, *TWO_PASSES)):
+    for dtype, rule, tile in product(DTYPES, RULES, (*ONE_PASS, *TEAMS, *TWO_PASSES)):
         budget = SLOTS_PER_BYTE * bytes_per_weight(rule, dtype)
         code = code_of(compiled(tile, rule, "tl1", dtype))
         n = weights_per_thread(tile, rule, dtype)

@@ -137,6 +137,31 @@ def test_a_graph_without_capturable_is_an_error():
     assert optimizer.state_dict()["state"][0]["step"] == before["state"][0]["step"]
 
 
+def test_teams_on_two_streams_at_a_time(backend):
+    """Each waits for its own while both are on the device."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape, options = (8192, 1024), {"lr": 0.1, "lam": 3.0, "group_by": "in"}
+    params = [torch.randn(shape, device="cuda", generator=generator) for _ in range(2)]
+    results = []
+    for streams in (
+        [torch.cuda.current_stream()] * 2,
+        [torch.cuda.Stream() for _ in range(2)],
+    ):
+        mine = [p.clone().requires_grad_() for p in params]
+        optimizers = [tk.ProxAdamW([p], **options) for p in mine]
+        for p in mine:
+            p.grad = torch.ones_like(p)
+        torch.cuda.synchronize()
+        for _ in range(20):
+            for optimizer, stream in zip(optimizers, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    optimizer.step()
+        torch.cuda.synchronize()
+        results.append(mine)
+    assert all(map(torch.equal, *results))
+    assert all((p == 0).any() and p.any() for p in mine)
+
+
 def launches(function):
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:

@@ -1,11 +1,12 @@
 """What every backend of kernels for GPUs promises, on each kind of tile and group.
 
-Triton's run on a GPU, or interpreted (TRITON_INTERPRET=1); CUDA's on a GPU, or emulated: as they
-choose, with all that can be held by teams of blocks, and with all that can be in two passes. What
-they share with the CPU's kernels is in test_kernels.py.
+Triton's run on a GPU, or interpreted (TRITON_INTERPRET=1); CUDA's on a GPU, or emulated: with all
+that can be held by teams, with all that can be in two passes, CUDA's as they choose too. What they
+share with the CPU's kernels is in test_kernels.py.
 """
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -30,9 +31,10 @@ VIEWS = {
     "long runs side by side": ((40, 3, 260), 1),
     "long odd runs side by side": ((40, 3, 131), 1),
 }
-GROUPED = [name for name, (_, group_by) in VIEWS.items() if group_by is not None]
 
-# What a schedule is made with, for small tensors to be held by teams of blocks, or split.
+# How many programs run at once, as Triton's schedule is told; the interpreter's are few and small.
+TRITON = {"triton in teams": 160, "triton in two passes": 1}
+# What CUDA's is made with, for small tensors to be held by teams of blocks, or split.
 SMALL = {"TILE": 256, "ALONE": 0}
 CUDA = {
     "cuda": {},
@@ -41,16 +43,43 @@ CUDA = {
 }
 
 
-@pytest.fixture(params=["triton", *CUDA])
+WAYS = [*TRITON, *CUDA]
+
+
+def on_views(names):
+    """Run a test on each view; as a team of Triton's where that can be one."""
+    pairs = [
+        (way, name)
+        for way in WAYS
+        for name in names
+        if way != "triton in teams" or name not in TRITON_VIEWS or shared(TRITON_VIEWS[name][2])
+    ]
+    return pytest.mark.parametrize(("gpu", "name"), pairs, indirect=["gpu"])
+
+
+def shared(kinds):
+    return any("held" in kind or "whole" in kind for kind in kinds)
+
+
+@pytest.fixture(params=WAYS)
 def gpu(request, monkeypatch):
     """Run a test on a backend; it gets the name, and the device of its tensors."""
-    name = request.param.split()[0]
+    way, name = request.param, request.param.split()[0]
     if reason := backends.BACKENDS[name].unavailable():
         pytest.skip(f"backend {name}: {reason}")
     on_cpu = triton_launch.interpreting() if name == "triton" else cuda.emulated()
-    for constant, value in CUDA.get(request.param, {}).items():
+    for constant, value in CUDA.get(way, {}).items():
         monkeypatch.setattr(cuda_schedule, constant, value)
-    with tk.use_backend(name):
+    together = nullcontext()
+    if way in TRITON and (way != "triton in teams" or on_cpu):
+        monkeypatch.setattr(triton_launch, "programs_at_once", lambda device: TRITON[way])
+    if way == "triton in teams" and on_cpu:
+        from tests import programs
+
+        tile = triton_schedule.Tile(1024, 4)
+        monkeypatch.setattr(triton_schedule, "split_tile", lambda itemsize, states: tile)
+        together = programs.at_once(TRITON[way], monkeypatch)
+    with together, tk.use_backend(name):
         yield SimpleNamespace(name=name, device="cpu" if on_cpu else "cuda")
 
 
@@ -65,7 +94,7 @@ OFFSETS = [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 0), (torch.b
 OFFSETS += [(torch.float64, 1), (torch.float16, 0)]
 
 
-@pytest.mark.parametrize("name", VIEWS)
+@on_views(VIEWS)
 @pytest.mark.parametrize(("dtype", "offset"), OFFSETS)
 def test_every_tile_agrees_with_the_reference(gpu, name, dtype, offset):
     shape, group_by = VIEWS[name]
@@ -82,7 +111,7 @@ def test_every_tile_agrees_with_the_reference(gpu, name, dtype, offset):
         assert_near(got.cpu(), want.cpu(), ulps, v.cpu())
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@on_views(name for name, (_, group_by) in VIEWS.items() if group_by is not None)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     ("penalty", "tau"), [("cges", None), ("l1_minus_l2", 1.0), ("l1_minus_l2", 10.0)]
@@ -109,7 +138,26 @@ def test_every_tile_of_a_penalty_of_whole_groups(gpu, name, dtype, penalty, tau)
     assert_near(got, want, ulps, v.abs().clamp(min=1) * magnified)
 
 
-@pytest.mark.parametrize("name", ["rows of 100", "columns", "runs of 65", "few rows of columns"])
+TIES = [
+    "rows of 147",
+    "tall columns",
+    "input channels 3x3",
+    "few rows of input channels",
+    "long runs",
+]
+
+
+@on_views(TIES)
+def test_of_weights_that_tie_the_first_of_a_group_is_left(gpu, name):
+    shape, group_by = VIEWS[name]
+    v = torch.randint(1, 3, shape).to(gpu.device, torch.float32)
+    options = {"lam": 10.0, "mu": 1.0, "penalty": "l1_minus_l2", "group_by": group_by}
+    got, want = (tk.prox(v, 1.0, **options, backend=b) for b in (gpu.name, "reference"))
+    assert torch.equal(got, want)
+    assert (want != 0).sum() == view_of(v, group_by).n_groups
+
+
+@on_views(["rows of 100", "columns", "runs of 65", "few rows of columns"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @variants
 def test_every_rule_on_every_kind_of_tile(gpu, ours, torchs, options, dtype, name):

@@ -17,6 +17,7 @@ from tl1kernels.backends import triton_launch, triton_schedule
 from tl1kernels.views import GroupView, view_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+AT_ONCE = 264  # two on each of an H200's multiprocessors
 
 # name: shape, group_by, kinds of tiles
 VIEWS = {
@@ -32,20 +33,20 @@ VIEWS = {
     "rows of 4096": ((3, 4096), 0, {"rows 4096 aligned"}),
     "rows of 8192": ((3, 8192), 0, {"rows 8192 aligned"}),
     "rows of 8191": ((2, 8191), 0, {"rows 8192"}),
-    "longer rows": ((2, 8193), 0, {"long first", "long second"}),
-    "long aligned rows": ((2, 12288), 0, {"long first aligned", "long second aligned"}),
-    "a whole layer": ((130, 70), "layer", {"long first aligned", "long second aligned"}),
+    "longer rows": ((2, 8193), 0, {"long held"}),
+    "long aligned rows": ((2, 12288), 0, {"long held aligned"}),
+    "a whole layer": ((130, 70), "layer", {"long held aligned"}),
     "a small layer": ((30, 7), "layer", {"rows 256"}),
     "few rows of columns": ((64, 99), 1, {"columns whole"}),
     "few rows of aligned columns": ((17, 128), 1, {"columns whole aligned"}),
-    "columns": ((65, 67), 1, {"columns first", "columns second"}),
-    "aligned columns": ((200, 136), 1, {"columns first aligned", "columns second aligned"}),
-    "tall columns": ((5000, 3), 1, {"columns first", "columns second"}),
-    "input channels 3x3": ((130, 15, 3, 3), 1, {"columns first", "columns second"}),
-    "input channels 7x7": ((70, 3, 7, 7), 1, {"columns first", "columns second"}),
+    "columns": ((65, 67), 1, {"columns held"}),
+    "aligned columns": ((200, 136), 1, {"columns held aligned"}),
+    "tall columns": ((1200, 3), 1, {"columns held"}),
+    "input channels 3x3": ((130, 15, 3, 3), 1, {"columns held"}),
+    "input channels 7x7": ((70, 3, 7, 7), 1, {"columns held"}),
     "few rows of input channels": ((9, 15, 3, 3), 1, {"columns whole"}),
-    "runs of 65": ((3, 5, 65), 1, {"long first", "long second"}),
-    "long runs": ((3, 5, 5000), 1, {"long first aligned", "long second aligned"}),
+    "runs of 65": ((3, 5, 65), 1, {"long held"}),
+    "long runs": ((3, 5, 5000), 1, {"long held aligned"}),
 }
 
 
@@ -54,7 +55,7 @@ def names(kinds):
     parts = []
     for kind in (k for k in range(64) if kinds >> k & 1):
         geometry = "columns" if kind // 2 < triton_schedule.LONG_KIND else "long"
-        phase = ("first", "second", "whole")[kind // 2 % 3]
+        phase = ("first", "second", "whole", "held")[kind // 2 % 4]
         parts.append(f"{geometry} {phase}" + (" aligned" if kind % 2 else ""))
     return set(parts)
 
@@ -77,19 +78,39 @@ def test_every_range_of_views_takes_its_tile(name):
     """The table at the top of triton_schedule.py."""
     shape, group_by, want = VIEWS[name]
     view = view_of(torch.empty(shape), group_by)
-    assert kinds_of(triton_schedule.plan([view], [True], 4, 0)) == want
+    assert kinds_of(triton_schedule.plan([view], [True], 4, 0, AT_ONCE)) == want
     unaligned = {kind.removesuffix(" aligned") for kind in want}
-    assert kinds_of(triton_schedule.plan([view], [False], 4, 0)) == unaligned
+    assert kinds_of(triton_schedule.plan([view], [False], 4, 0, AT_ONCE)) == unaligned
+    twice = {kind.replace("held", phase) for kind in want for phase in ("first", "second")}
+    assert kinds_of(triton_schedule.plan([view], [True], 4, 0, 1)) == twice
+
+
+def test_a_team_is_held_where_its_programs_run_at_once():
+    """Where they take many registers, only if that leaves half of the device."""
+    view = view_of(torch.empty(640, 72), 1)  # 10 pieces
+    twice, held = {"columns first", "columns second"}, {"columns held"}
+    for at_once, aligned, dtype, coupled, want in (
+        (9, True, torch.float32, False, twice),
+        (10, True, torch.float32, False, held),
+        (19, False, torch.float32, False, twice),
+        (20, False, torch.float32, False, held),
+        (19, True, torch.float32, True, twice),
+        (20, True, torch.bfloat16, True, held),
+        (39, True, torch.float64, False, twice),  # 20 pieces
+        (40, True, torch.float64, False, held),
+    ):
+        plan = triton_schedule.plan([view], [aligned], dtype.itemsize, 0, at_once, coupled)
+        assert {kind.removesuffix(" aligned") for kind in kinds_of(plan)} == want
 
 
 def test_split_tiles_come_in_an_order_in_which_nobody_waits_for_ever():
     """A team's second pass begins after all of its first; and not much later."""
     shapes = [((300, 700), 1), ((5, 40_000), 0), ((130, 15, 3, 3), 1), ((64, 3), 1)]
     views = [view_of(torch.empty(shape), group_by) for shape, group_by in shapes]
-    schedule = triton_schedule.plan(views, [True] * len(views), 4, 0)
+    schedule = triton_schedule.plan(views, [True] * len(views), 4, 0, 1)
     last, begun = {}, {}
     for at, (index, kind, of_tensor, _) in enumerate(schedule.split.items.tolist()):
-        phase = kind // 2 % 3
+        phase = kind // 2 % 4
         team = (index, of_tensor)
         if phase == triton_schedule.FIRST:
             last[team] = at
@@ -100,10 +121,29 @@ def test_split_tiles_come_in_an_order_in_which_nobody_waits_for_ever():
     assert len(begun) == schedule.n_teams
 
 
+def test_the_tiles_of_a_team_that_is_held_come_in_a_row_and_before_all_others():
+    shapes = [((64, 3), 1), ((300, 700), 1), ((5, 400_000), 0), ((130, 15, 3, 3), 1)]
+    views = [view_of(torch.empty(shape), group_by) for shape, group_by in shapes]
+    schedule = triton_schedule.plan(views, [True] * len(views), 4, 0, 40)
+    phases = [kind // 2 % 4 for kind in schedule.split.items[:, 1].tolist()]
+    held = phases.count(triton_schedule.HELD)
+    assert set(phases[:held]) == {triton_schedule.HELD}
+    assert len(set(phases[held:])) == 3
+    at = 0
+    while at < held:
+        index, _, team, _ = schedule.split.items[at].tolist()
+        pieces = schedule.layout[index, 3]
+        of_team = schedule.split.items[at : at + pieces]
+        assert pieces <= 40
+        assert of_team[:, [0, 2]].tolist() == [[index, team]] * pieces
+        assert of_team[:, 3].tolist() == list(range(pieces))
+        at += pieces
+
+
 def test_the_memory_of_sums_is_a_64th_of_the_weights_at_most():
     for shape, group_by in (((4096, 4096), 1), ((2, 2**22), 0), ((3000, 300, 3, 3), 1)):
         view = view_of(torch.empty(shape, device="meta"), group_by)
-        schedule = triton_schedule.plan([view], [True], 4, 0)
+        schedule = triton_schedule.plan([view], [True], 4, 0, AT_ONCE)
         assert schedule.n_partials <= math.prod(shape) / 60
         assert schedule.n_factors <= 9 * view.n_groups
 
@@ -115,7 +155,7 @@ def test_indices_beyond_2_to_the_31():
         GroupView((), 1, 2**17, 2**16, 1, grouped=True),
         GroupView((), 1, 1, 1, 2**33, grouped=True),
     ):
-        schedule = triton_schedule.plan([view], [True], 4, 0)
+        schedule = triton_schedule.plan([view], [True], 4, 0, AT_ONCE)
         items = np.concatenate([schedule.resident.items, schedule.split.items])
         assert items.dtype == np.int32
         assert (items >= 0).all()
@@ -151,6 +191,37 @@ def test_a_model_of_one_dtype_is_three_launches(monkeypatch):
     with tk.use_backend("triton"):
         tk.ProxAdamW(params, lr=0.1, lam=0.1).step()
     assert launched == ["prepare_kernel", "resident_kernel", "split_kernel"]
+
+
+@pytest.mark.skipif(not triton_launch.interpreting(), reason="not interpreted")
+def test_a_team_waits_in_its_programs_and_hangs_where_one_too_few_runs(monkeypatch):
+    """Why a team has no more pieces than run at once; test_gpu_backends.py tests what comes out."""
+    from tests import programs
+
+    shape = (640, 70)  # 2 panels of 10 pieces
+    monkeypatch.setattr(triton_launch, "programs_at_once", lambda device: 20)
+    v = torch.randn(shape)
+    want = tk.prox(v, 0.5, lam=2.0, group_by=1, backend="reference")
+    with programs.at_once(10, monkeypatch) as waits:
+        got = tk.prox(v, 0.5, lam=2.0, group_by=1, backend="triton")
+    assert len(waits) == 20
+    assert (want != 0).any()
+    torch.testing.assert_close(got, want)
+    monkeypatch.setattr(programs, "PATIENCE", 0.5)
+    with (
+        programs.at_once(9, monkeypatch),
+        pytest.raises(Exception, match="has not begun"),
+    ):
+        tk.prox(v, 0.5, lam=2.0, group_by=1, backend="triton")
+
+
+@runs
+def test_rows_too_long_for_the_distances_within_a_tile_are_rejected(monkeypatch):
+    monkeypatch.setattr(triton_schedule, "MOST_ACROSS", 9)
+    v = torch.randn(4, 10).to(DEVICE)
+    tk.prox(v, 0.5, lam=1.0, group_by=0, backend="triton")
+    with pytest.raises(RuntimeError, match="groups down rows of 10 weights, more than 9"):
+        tk.prox(v, 0.5, lam=1.0, group_by=1, backend="triton")
 
 
 # --- The op.

@@ -75,6 +75,10 @@ def rejects(batch: Batch) -> str | None:
         return f"it has no kernels for {batch.device.type}"
     if batch.penalty not in penalties():
         return f"it has no penalty {batch.penalty!r}"
+    for view in (entry.view for entry in batch.entries):
+        across = view.groups * view.inner
+        if view.grouped and view.outer > 1 and across > schedule.MOST_ACROSS:
+            return f"groups down rows of {across} weights, more than {schedule.MOST_ACROSS}"
     return gpu.rejects(batch)
 
 
@@ -162,7 +166,7 @@ def step(of: Step) -> None:
                 kept["sync"],
                 plan.n_teams,
                 KINDS=plan.split.kinds,
-                ROWS=schedule.ROWS,
+                ROWS=plan.split.tile.weights // schedule.COLUMNS,
                 COLUMNS=schedule.COLUMNS,
                 TILE=plan.split.tile.weights,
                 num_warps=plan.split.tile.warps,
@@ -170,11 +174,23 @@ def step(of: Step) -> None:
             )
 
 
+def programs_at_once(device: torch.device) -> int:
+    """Return how many tiles that share groups surely run at the same time on a device.
+
+    The interpreter runs one after the other.
+    """
+    if device.type != "cuda":
+        return 1
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _plan(of: Step, coupled: bool, aligned: list[bool], kept: dict[str, Any]) -> Any:
     """Make the tiles and the workspace; return the table's columns from OUTER on."""
     device, dtype = of.device, of.params[0].dtype
     states = len(of.state) // len(of.params)
-    plan = kept["plan"] = schedule.plan(of.views, aligned, dtype.itemsize, states)
+    plan = kept["plan"] = schedule.plan(
+        of.views, aligned, dtype.itemsize, states, programs_at_once(device), coupled
+    )
     kept["resident"] = gpu.to_device(device, torch.from_numpy(plan.resident.items))
     kept["split"] = gpu.to_device(device, torch.from_numpy(plan.split.items))
     for name, size in (

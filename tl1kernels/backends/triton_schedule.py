@@ -2,18 +2,18 @@
 
 A tensor's view is (blocks, outer, groups, inner), see `views`. By it
 
-| groups                                 | kind    | a tile                           | passes |
-|----------------------------------------|---------|----------------------------------|--------|
-| none                                   | flat    | `Tile.weights` neighbours        | 1      |
-| rows (outer = 1) of at most LONGEST    | rows    | as many rows as fill that        | 1      |
-| outer > 1, runs of at most COLUMNS     | columns | ROWS x COLUMNS, whole groups ... | 1      |
-| the same with more than ROWS rows      | columns | ... of ROWS of the rows          | 2      |
-| all others: long rows, long runs       | long    | TILE neighbours of one run       | 2      |
+| groups                              | kind    | a tile                                  |
+|-------------------------------------|---------|-----------------------------------------|
+| none                                | flat    | `Tile.weights` neighbours               |
+| rows (outer = 1) of at most LONGEST | rows    | as many rows as fill that               |
+| outer > 1, runs of at most COLUMNS  | columns | COLUMNS side by side, of whole groups   |
+| all others: long rows, long runs    | long    | `Tile.weights` neighbours of one run    |
 
-One pass reads and writes each weight, gradient and state once. In two passes the first reads all
-and writes state, the second reads all again and writes the weights; the factors of a group are
-made between the two. Few tiles begin between a group's passes, so that the second finds in the L2
-cache what the first has read.
+The tiles of a group, or of a panel of columns, are a team. A team of one tile, or of no more than
+run at the same time, goes through its weights once: it reads and writes each weight, gradient and
+state once. A larger one takes two passes: the first reads all and writes state, the second reads
+all again and writes the weights. Few tiles begin between a team's passes, so that the second finds
+in the L2 cache what the first has read.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from numpy.typing import NDArray
 
 from tl1kernels.views import GroupView
 
-TILE = 4096  # weights of a tile of two passes
 LONGEST = 8192  # a row that a tile of its own holds in registers
-ROWS, COLUMNS = 64, 64
+COLUMNS = 64
+MOST_ACROSS = 2**25  # weights of a row of columns: what a tile has of them is 32 bits apart
 LAG = 1024
 """Tiles begun between a group's two passes: enough that the first is over and nobody waits."""
 
 FLAT = 31  # as a kind of resident tile; the others are the exponents of the rows' width
-COLUMNS_KIND, LONG_KIND = 0, 3  # as kinds of split tile: plus a phase
-FIRST, SECOND, WHOLE = 0, 1, 2  # phases
+COLUMNS_KIND, LONG_KIND = 0, 4  # as kinds of split tile: plus a phase
+FIRST, SECOND, WHOLE, HELD = 0, 1, 2, 3  # phases
 
 Items = NDArray[np.int32]
 
@@ -73,9 +73,12 @@ def resident_tile(longest: int, itemsize: int, states: int) -> Tile:
     return Tile(32 * warps * a_thread, warps)
 
 
-def split_tile(states: int) -> Tile:
-    """Return the tiles of a batch that go through groups twice."""
-    return Tile(TILE, 8 if states else 4)
+def split_tile(itemsize: int, states: int) -> Tile:
+    """Return the tiles of a batch that share groups.
+
+    Of few warps, so that a multiprocessor runs two however many registers a thread takes.
+    """
+    return Tile(4096 if itemsize <= 4 and states == 0 else 2048, 4)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Schedule:
     Attributes:
         layout: int64, [tensors, 7]: the table's columns from OUTER on.
         resident: tiles that see each weight once and for all.
-        split: tiles of groups that no tile holds.
+        split: tiles that share groups, and columns; in the order in which they must begin.
         n_partials: sums that the split tiles leave for each other.
         n_factors: factors of groups that they leave.
         n_teams: teams of split tiles.
@@ -117,7 +120,12 @@ class Schedule:
 
 
 def plan(
-    views: Sequence[GroupView], aligned: Sequence[bool], itemsize: int, states: int
+    views: Sequence[GroupView],
+    aligned: Sequence[bool],
+    itemsize: int,
+    states: int,
+    at_once: int,
+    coupled: bool = False,
 ) -> Schedule:
     """Return the tiles for tensors with these views.
 
@@ -127,13 +135,18 @@ def plan(
             16 bytes.
         itemsize: bytes of a weight.
         states: number of state tensors.
+        at_once: tiles that share groups of which as many surely run at the same time.
+        coupled: whether the penalty is one of whole groups, of which more is measured.
     """
     vector = 16 // itemsize
     rows_of = [v.inner for v in views if v.grouped and v.outer == 1 and v.inner <= LONGEST]
     tile = resident_tile(max(rows_of, default=0), itemsize, states)
+    shared = split_tile(itemsize, states)
     layout = np.zeros((len(views), 7), np.int64)
     resident: list[Items] = []
-    split: list[tuple[Items, Items]] = []
+    held: list[Items] = []
+    whole: list[Items] = []
+    twice: list[tuple[Items, Items]] = []
     n_partials = n_factors = n_teams = 0
     for index, (view, at_16) in enumerate(zip(views, aligned, strict=True)):
         blocks, outer, groups, inner = view.blocks, view.outer, view.groups, view.inner
@@ -153,31 +166,39 @@ def plan(
         else:
             if inner <= COLUMNS:
                 length = groups * inner
-                pieces = _ceil_div(outer, ROWS)
+                pieces = _ceil_div(outer, shared.weights // COLUMNS)
                 teams = blocks * _ceil_div(length, COLUMNS // inner * inner)
                 wide = at_16 and inner == 1 and length % vector == 0
                 kind, sums, factors = COLUMNS_KIND, blocks * pieces * length, blocks * length
             else:
-                pieces = outer * _ceil_div(inner, TILE)
+                pieces = outer * _ceil_div(inner, shared.weights)
                 teams = blocks * groups
                 wide = at_16 and inner % vector == 0
                 kind, sums, factors = LONG_KIND, teams * pieces, teams
             layout[index, 4:] = n_partials, n_teams, n_factors
             if pieces == 1:
-                split.append((_items(index, kind + WHOLE, wide, teams), _NONE))
+                whole.append(_items(index, kind + WHOLE, wide, teams))
             else:
-                both = (
-                    _items(index, kind + phase, wide, teams, pieces) for phase in (FIRST, SECOND)
-                )
-                split.append((next(both), next(both)))
                 n_partials += sums
                 n_factors += factors
                 n_teams += teams
+                # Half of the device is left to others that may be using it. A tile of few registers
+                # leaves as much, for more of them run.
+                few_registers = wide and itemsize <= 4 and not coupled
+                if pieces <= (at_once if few_registers else at_once // 2):
+                    held.append(_items(index, kind + HELD, wide, teams, pieces))
+                else:
+                    both = (
+                        _items(index, kind + phase, wide, teams, pieces)
+                        for phase in (FIRST, SECOND)
+                    )
+                    twice.append((next(both), next(both)))
         layout[index, :4] = outer, groups, inner, pieces
     return Schedule(
         layout,
         _work(resident, tile),
-        _work([_in_turn(split)], split_tile(states)),
+        # Who waits for others begins first: what waits for nobody fills the gaps at the end.
+        _work([*held, _in_turn(twice), *whole], shared),
         n_partials,
         n_factors,
         n_teams,
@@ -191,16 +212,16 @@ def _flat(index: int, n: int, tile: int, aligned: bool) -> list[Items]:
     return [_items(index, FLAT, True, full), rest]
 
 
-def _in_turn(split: list[tuple[Items, Items]]) -> Items:
+def _in_turn(twice: list[tuple[Items, Items]]) -> Items:
     """Return both passes' tiles in one order: each team's second pass LAG tiles after its first."""
     keys = [np.empty(0)]
     begun = 0
-    for first, second in split:
-        pieces = 1 + second[-1, 3] if len(second) else 1
+    for first, second in twice:
+        pieces = 1 + second[-1, 3]
         keys.append(np.arange(begun, begun + len(first), dtype=np.float64))
         keys.append(begun + (second[:, 2] + 1.0) * pieces - 0.5 + LAG)
         begun += len(first)
-    items = np.concatenate([_NONE, *chain(*split)])
+    items = np.concatenate([_NONE, *chain(*twice)])
     return items[np.argsort(np.concatenate(keys), kind="stable")]
 
 
