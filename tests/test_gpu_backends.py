@@ -296,13 +296,17 @@ def test_a_change_of_numbers_keeps_the_tiles(gpu, monkeypatch):
         schedule, "plan", lambda *a, **options: planned.append(1) or plan(*a, **options)
     )
     p = torch.ones(30, 40, device=gpu.device, requires_grad=True)
+    p.grad = torch.ones_like(p)
     optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    tables = []
     for _ in range(4):
-        p.grad = torch.ones_like(p)  # its address may change; whether it is aligned does not
         optimizer.step()
+        (_, batch), *_ = optimizer._planned.batches._prepared
+        tables.append(batch.layouts["table"])
         scheduler.step()
         optimizer.param_groups[0]["lam"] *= 2
+    assert all(table is tables[0] for table in tables)  # not sent to the device again
     assert len(planned) in (1, 2)  # a second one where fewer blocks run at a time than it takes
 
 

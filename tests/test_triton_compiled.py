@@ -128,6 +128,97 @@ def test_on_hopper_aligned_tiles_are_16_byte_accesses_within_the_budget(tile, ru
     assert 10 < (code.slots - 512 * shared) / weights <= budget
 
 
+class Driver:
+    """Triton's driver of a Hopper that is not there: what is launched is taken down."""
+
+    def __init__(self):
+        self.launched = []
+        self.utils = self
+
+    def load_binary(self, name, kernel, shared, device):
+        return object(), name, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 2**17}
+
+    def get_current_device(self):
+        return 99  # Triton keeps what it compiles by device: none that is there
+
+    def get_current_stream(self, device):
+        return 7
+
+    def get_current_target(self):
+        return triton_sass.H200
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+            assert (y, z, stream) == (1, 1, 7)
+            self.launched.append((function, x, arguments))
+
+        return launch
+
+
+def test_a_step_like_the_last_one_launches_what_that_compiled(monkeypatch):
+    """With the arguments that Triton's launcher passes on; anew where they are of other kinds."""
+    from triton.runtime import driver
+
+    from tl1kernels.backends.gpu import Step
+    from tl1kernels.views import view_of
+
+    here = Driver()
+    looked_up = []
+    for name in ("prepare_kernel", "resident_kernel", "split_kernel"):
+        kernel = getattr(triton_launch.load(), name)
+        run = kernel.run
+        monkeypatch.setattr(
+            kernel, "run", lambda *a, run=run, **options: looked_up.append(1) or run(*a, **options)
+        )
+    params = [torch.ones(70, 9), torch.ones(30)]
+    views = [view_of(p, group) for p, group in zip(params, (1, None), strict=True)]
+    numbers = [(None, None, None)] * 2
+    scalars = torch.ones(2, len(triton_launch.maths().SCALARS), dtype=torch.float64)
+    grads = [torch.ones_like(p) for p in params]
+    kept = {}
+    scales = torch.ones(2)
+
+    def step(**options):
+        here.launched.clear()
+        looked_up.clear()
+        triton_launch.step(
+            Step(params, grads, [], [], numbers, views, scalars, "sgd", "tl1", kept=kept, **options)
+        )
+        return list(here.launched), len(looked_up)
+
+    monkeypatch.setattr(driver, "_active", here)
+    first, n = step()
+    assert n == 3
+    assert [function.split("_")[0] for function, *_ in first] == [
+        "prepare",
+        "resident",
+        "split",
+    ]
+    second, n = step()
+    assert n == 0
+    for (name, programs, arguments), (*same, others) in zip(first, second, strict=True):
+        assert same == [name, programs]
+        assert len(arguments) == len(others)
+        assert all(a is b or a == b for a, b in zip(arguments, others, strict=True))
+    for options, anew in (
+        ({"maximize": True}, 0),
+        ({"grad_scale": scales[0]}, 0),
+        ({"grad_scale": scales[1]}, 1),  # not at a multiple of 16 bytes
+        ({"found_inf": scales[1]}, 3),
+        ({"seed": 5}, 2),
+        ({"seed": 6}, 0),
+        ({"seed": 2**40}, 2),
+    ):
+        launched, n = step(**options)
+        assert (len(launched), n) == (3, anew), options
+    assert launched[1][2][4] == 2**40
+    kept["aligned"] = kept["addresses"] = None  # as with a gradient that lies elsewhere
+    assert step()[1] == 3
+
+
 def test_the_table_of_slots_prints(capsys):
     triton_sass.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]

@@ -192,18 +192,26 @@ def renew(step: Step, plan: Plan, step_column: int) -> dict[str, Any]:
 
 def _renew_table(step: Step, plan: Plan, kept: dict[str, Any]) -> None:
     params, copies, device, n = step.params, step.copies, step.device, len(step.params)
-    addresses = [t.data_ptr() for t in chain(params, step.grads, copies, step.state)]
-    addresses += [0 if t is None else t.data_ptr() for t in chain(*step.numbers)]
-    if kept.get("addresses") == addresses:
+    tensors = chain(params, step.grads, copies, step.state)
+    if kept.get("numbers_of") is not step.numbers:  # most are None: too many to look at each time
+        numbers = list(chain(*step.numbers))
+        there = [i for i, number in enumerate(numbers) if number is not None]
+        if there != kept.get("there"):
+            kept["there"], kept["addresses"] = there, None
+        kept["numbers"], kept["numbers_of"] = [numbers[i] for i in there], step.numbers
+    addresses = [t.data_ptr() for t in chain(tensors, kept["numbers"])]
+    if kept["addresses"] == addresses:
         return
     table = np.zeros((n, ADDRESSES), np.int64)
-    of = np.array(addresses, np.int64)
+    of_numbers = np.zeros(3 * n, np.int64)
+    of_numbers[kept["there"]] = addresses[len(addresses) - len(kept["there"]) :]
+    of = np.array(addresses[: len(addresses) - len(kept["there"])], np.int64)
     table[:, 0], table[:, 1] = of[:n], of[n : 2 * n]
-    first = 2 * n + len(copies)
+    first = 2 * n + len(copies)  # of the states
     table[:, 2 + STATES] = of[2 * n : first] if copies else 0
-    states = of[first : -3 * n].reshape(n, -1)
+    states = of[first:].reshape(n, -1)
     table[:, 2 : 2 + states.shape[1]] = states
-    table[:, 3 + STATES :] = of[-3 * n :].reshape(n, 3)
+    table[:, 3 + STATES :] = of_numbers.reshape(n, 3)
     aligned = ~np.any(table[:, : 3 + STATES] % 16, axis=1)
     if "layout" not in kept or not np.array_equal(kept["aligned"], aligned):
         kept["layout"] = plan(aligned.tolist(), kept)

@@ -8,6 +8,7 @@ addresses and lists of tiles, stays on the device until an address, a number or 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -93,67 +94,46 @@ def step(of: Step) -> None:
     Its rule is a name of `triton_math.RULES`, its penalty one of `triton_penalties.PENALTIES`, its
     scalars' columns are `triton_math.SCALARS`.
     """
-    kernels, math = load(), maths()
-    import triton.language as tl
-
-    dtype, n = of.params[0].dtype, len(of.params)
-    wide = _named(tl, state_dtype(dtype))
-    coupled = penalties()[of.penalty][2] is not None
-    kept = gpu.renew(of, partial(_plan, of, coupled), math.SCALARS.index("step"))
+    kernels, n = load(), len(of.params)
+    kept = gpu.renew(of, partial(_plan, of), maths().SCALARS.index("step"))
     plan: schedule.Schedule = kept["plan"]
+    grad_scale = kept["one"] if of.grad_scale is None else of.grad_scale
     found_inf = kept["zero"] if of.found_inf is None else of.found_inf
-    advance, apply = math.RULES[of.rule]
-    prepare, prox, couple = penalties()[of.penalty]
     n_sync = 1 + 2 * plan.n_teams
-    constants = {
-        "Advance": advance,
-        "Apply": apply,
-        "STATES": len(of.state) // n,
-        "Prox": prox,
-        "Couple": couple,
-        "T": _named(tl, dtype),
-        "G": _named(tl, of.grads[0].dtype),
-        "A": wide,
-        "VECTOR": 16 // dtype.itemsize,
-        "enable_fp_fusion": True,
-    }
-    # NumPy, in the interpreter, warns of what a GPU does without a word: 1 / 0 = inf.
-    with np.errstate(all="ignore"):
-        kernels.prepare_kernel[(-(-max(n, n_sync) // BLOCK),)](
+    _launch(
+        kernels.prepare_kernel,
+        -(-max(n, n_sync) // BLOCK),
+        (
             kept["table"],
             kept["scalars"],
             kept["coefficients"],
             kept["sync"],
             n,
             n_sync,
-            kept["one"] if of.grad_scale is None else of.grad_scale,
+            grad_scale,
             found_inf,
             int(of.maximize),
             int(of.nesterov),
             int(of.decoupled),
-            Prepare=prepare,
-            COUPLED=couple is not None,
-            ADAM=of.rule.startswith("adam"),
-            COUNTERS=of.numbers[0][0] is not None,
-            A=wide,
-            BLOCK=BLOCK,
-            num_warps=1,
-            enable_fp_fusion=True,
+        ),
+        partial(_prepare_constants, of),
+        (of.rule, of.penalty, of.numbers[0][0] is None),
+        kept,
+    )
+    if len(plan.resident.items):
+        _launch(
+            kernels.resident_kernel,
+            len(plan.resident.items),
+            (kept["table"], kept["coefficients"], kept["resident"], found_inf, of.seed),
+            partial(_constants, of, plan.resident),
+            (of.rule, of.penalty),
+            kept,
         )
-        if len(plan.resident.items):
-            kernels.resident_kernel[(len(plan.resident.items),)](
-                kept["table"],
-                kept["coefficients"],
-                kept["resident"],
-                found_inf,
-                of.seed,
-                KINDS=plan.resident.kinds,
-                TILE=plan.resident.tile.weights,
-                num_warps=plan.resident.tile.warps,
-                **constants,
-            )
-        if len(plan.split.items):
-            kernels.split_kernel[(len(plan.split.items),)](
+    if len(plan.split.items):
+        _launch(
+            kernels.split_kernel,
+            len(plan.split.items),
+            (
                 kept["table"],
                 kept["coefficients"],
                 kept["split"],
@@ -165,13 +145,89 @@ def step(of: Step) -> None:
                 plan.n_factors,
                 kept["sync"],
                 plan.n_teams,
-                KINDS=plan.split.kinds,
-                ROWS=plan.split.tile.weights // schedule.COLUMNS,
-                COLUMNS=schedule.COLUMNS,
-                TILE=plan.split.tile.weights,
-                num_warps=plan.split.tile.warps,
-                **constants,
-            )
+            ),
+            partial(_constants, of, plan.split, schedule.COLUMNS),
+            (of.rule, of.penalty),
+            kept,
+        )
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    constants_of: Callable[[], tuple[dict[str, Any], int]],
+    choice: tuple[Any, ...],
+    kept: dict[str, Any],
+) -> None:
+    """Launch a kernel.
+
+    Triton's launcher looks up at each launch what it has compiled for such arguments; three of
+    those take as long as all else that a step does on the host. What it finds is kept.
+
+    Args:
+        kernel: one of `triton_kernels`.
+        programs: how many.
+        arguments: the kernel's first ones, all that are no constants.
+        constants_of: returns the constants by name, and how many warps a program has.
+        choice: what the constants depend on, besides the plan.
+        kept: the batch's; its "compiled" lasts as long as the plan.
+    """
+    key = (kernel, *choice, *map(_specialized, arguments))
+    known = kept["compiled"].get(key)
+    if known is not None:
+        compiled, constants = known
+        compiled[(programs, 1, 1)](*arguments, *constants)
+        return
+    named, warps = constants_of()
+    # NumPy, in the interpreter, warns of what a GPU does without a word: 1 / 0 = inf.
+    with np.errstate(all="ignore"):
+        compiled = kernel[(programs,)](*arguments, **named, num_warps=warps, enable_fp_fusion=True)
+    if compiled is not None:  # the interpreter has nothing to keep
+        constants = [named[name] for name in kernel.arg_names[len(arguments) :]]
+        kept["compiled"][key] = compiled, constants
+
+
+def _specialized(argument: Tensor | int | None) -> object:
+    """Return what a kernel is compiled for in an argument."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return None if argument is None else -(2**31) <= argument < 2**31
+
+
+def _prepare_constants(of: Step) -> tuple[dict[str, Any], int]:
+    prepare, _, couple = penalties()[of.penalty]
+    constants = {
+        "Prepare": prepare,
+        "COUPLED": couple is not None,
+        "ADAM": of.rule.startswith("adam"),
+        "COUNTERS": of.numbers[0][0] is not None,
+        "A": _named(state_dtype(of.params[0].dtype)),
+        "BLOCK": BLOCK,
+    }
+    return constants, 1
+
+
+def _constants(of: Step, work: schedule.Work, columns: int = 0) -> tuple[dict[str, Any], int]:
+    dtype, tile = of.params[0].dtype, work.tile
+    advance, apply = maths().RULES[of.rule]
+    _, prox, couple = penalties()[of.penalty]
+    constants = {
+        "Advance": advance,
+        "Apply": apply,
+        "STATES": len(of.state) // len(of.params),
+        "Prox": prox,
+        "Couple": couple,
+        "T": _named(dtype),
+        "G": _named(of.grads[0].dtype),
+        "A": _named(state_dtype(dtype)),
+        "VECTOR": 16 // dtype.itemsize,
+        "KINDS": work.kinds,
+        "TILE": tile.weights,
+    }
+    if columns:
+        constants |= {"ROWS": tile.weights // columns, "COLUMNS": columns}
+    return constants, tile.warps
 
 
 def programs_at_once(device: torch.device) -> int:
@@ -184,10 +240,11 @@ def programs_at_once(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _plan(of: Step, coupled: bool, aligned: list[bool], kept: dict[str, Any]) -> Any:
+def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     """Make the tiles and the workspace; return the table's columns from OUTER on."""
     device, dtype = of.device, of.params[0].dtype
     states = len(of.state) // len(of.params)
+    coupled = penalties()[of.penalty][2] is not None
     plan = kept["plan"] = schedule.plan(
         of.views, aligned, dtype.itemsize, states, programs_at_once(device), coupled
     )
@@ -199,12 +256,15 @@ def _plan(of: Step, coupled: bool, aligned: list[bool], kept: dict[str, Any]) ->
         ("coefficients", len(of.params) * maths().N_COEFFICIENTS.value),
     ):
         kept[name] = torch.empty(size, dtype=state_dtype(dtype), device=device)
+    kept["compiled"] = {}
     kept["sync"] = torch.empty(1 + 2 * plan.n_teams, dtype=torch.int32, device=device)
     return plan.layout
 
 
-def _named(tl: Any, dtype: torch.dtype) -> Any:
+def _named(dtype: torch.dtype) -> Any:
     """Return Triton's dtype for torch's."""
+    import triton.language as tl
+
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
