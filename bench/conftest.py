@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -20,6 +19,7 @@ from tl1kernels.bench.timing import (
     machine,
     on_host,
     ratio_of,
+    ten_steps,
 )
 
 RESULTS = pytest.StashKey[list]()
@@ -125,15 +125,6 @@ def against_on_gpu(benchmark, request):
         assert not late, "; ".join(late)
 
     return run
-
-
-def ten_steps(side):
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        side()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / 10
 
 
 def commit():

@@ -72,6 +72,16 @@ def on_host(side: Step) -> float:
     return time.perf_counter() - start
 
 
+def ten_steps(side: Step) -> float:
+    """Return the seconds of one of ten calls on end, from the first to the end of their kernels."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        side()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / 10
+
+
 class DeviceClock:
     """Seconds of one call by a GPU's clock; each call finds the L2 cache full of something else."""
 

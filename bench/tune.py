@@ -1,0 +1,269 @@
+"""What the GPU backends' schedules should be: their numbers varied one at a time, and timed.
+
+Run: python -m bench.tune --out tune.json [--backend cuda] [--backend triton] [--workers 12]
+
+Each case is stepped as it is committed and with every other value that makes a difference to it, in
+turn, each on tensors of its own. First the results of a step are compared. What `--out` has is
+written after each case: whoever runs out of time keeps what there is. On a GPU, workers first
+compile what Triton will need, side by side.
+"""
+
+import argparse
+import json
+import multiprocessing
+import pickle
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+
+import tl1kernels as tk
+from tl1kernels import backends
+from tl1kernels.backends import cuda_schedule, triton_launch, triton_schedule
+from tl1kernels.bench.cases import LR, MODELS, REGULARIZER, RULES, fresh, step_bytes
+from tl1kernels.bench.timing import (
+    DeviceClock,
+    copy_bandwidth,
+    environment,
+    geometric_mean,
+    interleaved,
+    on_host,
+    ten_steps,
+)
+
+COMMITTED = "as committed"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A number of a backend's schedule, or a function of it, and what else it could be."""
+
+    backend: str
+    module: object
+    name: str
+    values: dict[str, object]
+    at_launch: bool = False  # it changes no plan, but every launch
+
+    @contextmanager
+    def at(self, value: object) -> Iterator[None]:
+        """Use a value inside the `with` block."""
+        committed = getattr(self.module, self.name)
+        setattr(self.module, self.name, value)
+        try:
+            yield
+        finally:
+            setattr(self.module, self.name, committed)
+
+
+def numbers(*values: int) -> dict[str, object]:
+    """Return values by what they are called."""
+    return {str(value): value for value in values}
+
+
+def tiles(*sizes: tuple[int, int]) -> dict[str, object]:
+    """Return functions that always choose a tile of so many weights and warps."""
+
+    def always(size: tuple[int, int]) -> Callable[..., triton_schedule.Tile]:
+        return lambda *_: triton_schedule.Tile(*size)
+
+    return {f"{weights} by {warps} warps": always((weights, warps)) for weights, warps in sizes}
+
+
+KNOBS = [
+    Knob("cuda", cuda_schedule, "AHEAD", numbers(0, 16 << 10, 64 << 10, 128 << 10), at_launch=True),
+    Knob("cuda", cuda_schedule, "HELD", numbers(24 << 10, 32 << 10, 64 << 10, 96 << 10)),
+    Knob("cuda", cuda_schedule, "TILE", numbers(4096, 16384)),
+    Knob("cuda", cuda_schedule, "ALONE", numbers(4096, 12288, 16384)),
+    Knob(
+        "triton",
+        triton_schedule,
+        "resident_tile",
+        tiles((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 32)),
+    ),
+    Knob(
+        "triton",
+        triton_schedule,
+        "split_tile",
+        tiles((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)),
+    ),
+    Knob("triton", triton_schedule, "LONGEST", numbers(2048, 4096)),
+    Knob("triton", triton_schedule, "COLUMNS", numbers(32, 128)),
+    Knob("triton", triton_launch, "programs_at_once", {"two passes": lambda device: 1}),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to time."""
+
+    name: str
+    backend: str
+    rule: str
+    group_by: str | None
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the host's time counts."""
+        return len(self.shapes) > 1
+
+
+def cases(backend: str, side: int) -> Iterator[Case]:
+    """Yield what is timed; `side` is of the largest matrices."""
+    square = ((side, side),)
+    matrices = {
+        "rows": ("out", square),
+        "short rows": ("out", ((8 * side, side // 8),)),
+        "columns": ("in", square),
+        "columns of a wide matrix": ("in", ((side // 8, 8 * side),)),
+        "input channels 3x3": ("in", ((side // 2, side // 4, 3, 3),)),
+        "no groups": (None, square),
+    }
+    for dtype, rule in product((torch.float32, torch.bfloat16), ("SGD", "AdamW")):
+        for name, (group_by, shapes) in matrices.items():
+            kind = str(dtype).removeprefix("torch.")
+            yield Case(f"{name}, {rule}, {kind}", backend, rule, group_by, dtype, shapes)
+    for model, rule in product(("ResNet-50", "GPT-2 small"), ("SGD", "AdamW")):
+        shapes = tuple(MODELS[model]()) if side > 1024 else ((side, side), (side,))
+        yield Case(f"{model}, {rule}", backend, rule, "auto", torch.float32, shapes)
+
+
+def prepared(case: Case, device: str) -> tuple[tk.ProxSGD | tk.ProxAdamW, list[torch.Tensor]]:
+    """Return an optimizer, and its parameters, the same each time."""
+    torch.manual_seed(0)
+    params = [fresh(shape, case.dtype, device) for shape in case.shapes]
+    ours, _, options, _ = RULES[case.rule]
+    return ours(params, lr=LR, group_by=case.group_by, **options, **REGULARIZER), params
+
+
+def work_of(plan: triton_schedule.Schedule | cuda_schedule.Schedule) -> bytes:
+    """Return all that makes a launch of a plan differ from one of another."""
+    if isinstance(plan, cuda_schedule.Schedule):
+        return pickle.dumps(plan)
+    works = [work for work in (plan.resident, plan.split) if len(work.items)]
+    return pickle.dumps((plan.layout, works))
+
+
+def variants(case: Case, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield the steps by name: as committed, then with each value that makes a difference.
+
+    Raises:
+        AssertionError: a step ends otherwise than the committed one.
+    """
+
+    def stepped(knob: Knob | None, value: object) -> tuple[Callable[[], None], bytes, list]:
+        optimizer, params = prepared(case, device)
+
+        def step() -> None:
+            if knob is None:
+                optimizer.step()
+            else:
+                with knob.at(value):
+                    optimizer.step()
+
+        step()
+        (_, batch), *_ = optimizer._planned.batches._prepared
+        return step, work_of(batch.layouts["plan"]), params
+
+    with tk.use_backend(case.backend):
+        step, committed, want = stepped(None, None)
+        want = [p.detach().clone() for p in want]
+        yield COMMITTED, step
+        for knob in KNOBS:
+            for name, value in knob.values.items() if knob.backend == case.backend else ():
+                step, plan, got = stepped(knob, value)
+                if plan == committed and not knob.at_launch:
+                    continue
+                for p, q in zip(got, want, strict=True):
+                    far = 8 * torch.finfo(case.dtype).eps * q.abs().max().item()
+                    torch.testing.assert_close(p.detach(), q, rtol=0, atol=far)
+                yield f"{knob.name} {name}", step
+
+
+def compile_all(case: Case) -> None:
+    """Take each step of a case once, so that Triton's cache on disk has its kernels."""
+    for _ in variants(case, "cuda"):
+        pass
+
+
+def timed(case: Case, device: str, copy: float, rounds: int) -> list[dict[str, object]]:
+    """Time a case; return a row for each variant."""
+    sides = dict(variants(case, device))
+    params = [torch.empty(shape, dtype=case.dtype, device="meta") for shape in case.shapes]
+    if case.is_model:
+        peers = [fresh(shape, case.dtype, device) for shape in case.shapes]
+        _, torchs, options, _ = RULES[case.rule]
+        sides["torch fused"] = torchs(peers, lr=LR, fused=True, **options).step
+    clock = on_host if device == "cpu" else ten_steps if case.is_model else DeviceClock()
+    with tk.use_backend(case.backend):
+        seconds = interleaved(lambda: sides, clock, rounds, placements=1)
+    ours = statistics.median(seconds[COMMITTED])
+    return [
+        {
+            "variant": name,
+            "ms": statistics.median(of) * 1e3,
+            "of_copy": step_bytes(case.rule, params) / statistics.median(of) / copy,
+            "ratio": statistics.median(of) / ours,
+        }
+        for name, of in seconds.items()
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Time what `--backend` names; print it, write it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--backend", action="append", choices=["cuda", "triton"])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--size", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--workers", type=int, default=0)
+    given = parser.parse_args(arguments)
+    copy = copy_bandwidth(given.device)
+    report = {
+        "environment": environment(given.device),
+        "copy_gb_per_s": copy / 1e9,
+        "results": [],
+    }
+    failed = False
+    for backend in given.backend or ["cuda", "triton"]:
+        backends.require(backend)
+        every = list(cases(backend, given.size))
+        if given.workers and backend == "triton":
+            with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
+                list(pool.imap_unordered(compile_all, every))
+        for case in every:
+            print(f"\n{backend}, {case.name}")
+            try:
+                rows = timed(case, given.device, copy, given.rounds)
+            except (AssertionError, RuntimeError) as error:
+                failed = True
+                print(f"  FAILED: {error}")
+                continue
+            for row in sorted(rows, key=lambda row: row["ms"]):
+                print(
+                    f"  {row['variant']:36} {row['ms']:9.4f} ms {row['of_copy']:6.1%} of the copy"
+                    f" {row['ratio']:6.3f}",
+                    flush=True,
+                )
+            what = asdict(case) | {"dtype": str(case.dtype)}
+            report["results"].append({"case": what, "rows": rows})
+            given.out.write_text(json.dumps(report, indent=2) + "\n")
+    print("\nvariant, its geometric mean over the cases that it makes a difference to")
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for result in report["results"]:
+        for row in result["rows"]:
+            ratios.setdefault((result["case"]["backend"], row["variant"]), []).append(row["ratio"])
+    for (backend, variant), of in sorted(ratios.items(), key=lambda item: geometric_mean(item[1])):
+        print(f"  {backend:8}{variant:36} {geometric_mean(of):6.3f} of {len(of)}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
