@@ -39,7 +39,10 @@ _SPLIT = triton_schedule.COLUMNS_KIND, triton_schedule.LONG_KIND
 # name: kernel, bit of its kind; each for aligned addresses, or not
 TILES = {
     "flat": (kernels.resident_kernel, 2 * triton_schedule.FLAT),
-    **{f"rows {1 << k}": (kernels.resident_kernel, 2 * k) for k in range(14)},
+    **{
+        f"rows {width * parts}": (kernels.resident_kernel, 2 * kind)
+        for kind, (width, parts) in enumerate(triton_schedule.WIDTHS)
+    },
     **{
         f"{name} {phase}": (kernels.split_kernel, 2 * (kind + i))
         for name, kind in zip(("columns", "long"), _SPLIT, strict=True)
@@ -51,7 +54,7 @@ TILES = {
 # What the table has.
 DTYPES = (torch.float32, torch.bfloat16)
 RULES = ("sgd", "sgd_momentum", "adam")
-ONE_PASS = ("flat", "rows 512", "rows 4096", "rows 8192")
+ONE_PASS = ("flat", "rows 512", "rows 576", "rows 3072", "rows 4096", "rows 8192")
 TEAMS = ("columns held", "long held")
 TWO_PASSES = ("columns first", "columns second", "long first", "long second")
 
@@ -79,9 +82,9 @@ def tile_of(tile: str, rule: str, dtype: torch.dtype) -> triton_schedule.Tile:
     """Return how many weights a program takes of this kind of tile, and its warps."""
     if TILES[tile][0] is kernels.split_kernel:
         return triton_schedule.split_tile(dtype.itemsize, STATES[rule])
-    longest = int(tile.removeprefix("rows ")) if tile != "flat" else 0
-    of = triton_schedule.resident_tile(longest, dtype.itemsize, STATES[rule])
-    return triton_schedule.Tile(max(of.weights, longest), of.warps)
+    width = 0 if tile == "flat" else triton_schedule.WIDTHS[TILES[tile][1] // 2][0]
+    of = triton_schedule.resident_tile(width, dtype.itemsize, STATES[rule])
+    return triton_schedule.Tile(max(of.weights, width), of.warps)
 
 
 def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=False, copies=None):
@@ -101,6 +104,7 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=F
         "VECTOR": 16 // dtype.itemsize,
         "KINDS": 1 << (kind + aligned),
         "TILE": of.weights,
+        "PART": of.part(dtype.itemsize),
         "ROWS": of.weights // triton_schedule.COLUMNS,
         "COLUMNS": triton_schedule.COLUMNS,
         **({} if stochastic else {"seed": None}),
@@ -166,7 +170,12 @@ def code_of(compiled_kernel) -> Code:
 def weights_per_thread(tile: str, rule: str, dtype: torch.dtype) -> float:
     """Return how many weights a thread of a tile takes."""
     of = tile_of(tile, rule, dtype)
-    return of.weights / (32 * of.warps)
+    weights = of.weights
+    if tile.startswith("rows"):
+        width, parts = triton_schedule.WIDTHS[TILES[tile][1] // 2]
+        if parts > 1:
+            weights = parts * max(of.part(dtype.itemsize), width)
+    return weights / (32 * of.warps)
 
 
 def bytes_per_weight(rule: str, dtype: torch.dtype) -> int:

@@ -17,6 +17,7 @@ from tl1kernels.backends import triton_launch, triton_schedule
 from tl1kernels.views import GroupView, view_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTHS = triton_schedule.WIDTHS
 AT_ONCE = 264  # two on each of an H200's multiprocessors
 
 # name: shape, group_by, kinds of tiles
@@ -28,8 +29,12 @@ VIEWS = {
     "rows of 3": ((3001, 3), 0, {"rows 4"}),
     "slices 3x3": ((20, 30, 3, 3), "filter_slice", {"rows 16"}),
     "rows of 100": ((70, 100), 0, {"rows 128 aligned"}),
-    "rows of 147": ((64, 147), 0, {"rows 256"}),
-    "rows of 576": ((33, 576), 0, {"rows 1024 aligned"}),
+    "rows of 147": ((64, 147), 0, {"rows 192"}),
+    "rows of 190": ((11, 190), 0, {"rows 192"}),
+    "rows of 768": ((5, 768), 0, {"rows 768 aligned"}),
+    "rows of 1100": ((3, 1100), 0, {"rows 1152 aligned"}),
+    "rows of 6143": ((2, 6143), 0, {"rows 6144"}),
+    "rows of 576": ((33, 576), 0, {"rows 576 aligned"}),
     "rows of 4096": ((3, 4096), 0, {"rows 4096 aligned"}),
     "rows of 8192": ((3, 8192), 0, {"rows 8192 aligned"}),
     "rows of 8191": ((2, 8191), 0, {"rows 8192"}),
@@ -64,7 +69,7 @@ def resident_names(kinds):
     parts = []
     for kind in (k for k in range(64) if kinds >> k & 1):
         k = kind // 2
-        name = "flat" if k == triton_schedule.FLAT else f"rows {1 << k}"
+        name = "flat" if k == triton_schedule.FLAT else f"rows {math.prod(WIDTHS[k])}"
         parts.append(name + (" aligned" if kind % 2 else ""))
     return set(parts)
 

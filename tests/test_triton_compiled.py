@@ -99,7 +99,7 @@ def test_penalties_of_whole_groups_are_binaries_on_every_kind_of_tile(penalty):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tile", ["rows 8192", "columns whole", *triton_sass.TEAMS])
+@pytest.mark.parametrize("tile", ["rows 576", "rows 8192", "columns whole", *triton_sass.TEAMS])
 def test_on_hopper_nothing_is_spilled(tile, dtype):
     """The rule with the most state, on the tiles that hold the most."""
     for aligned in (True, False):

@@ -225,7 +225,9 @@ def _constants(of: Step, work: schedule.Work, columns: int = 0) -> tuple[dict[st
         "KINDS": work.kinds,
         "TILE": tile.weights,
     }
-    if columns:
+    if not columns:
+        constants["PART"] = tile.part(dtype.itemsize)
+    else:
         constants |= {"ROWS": tile.weights // columns, "COLUMNS": columns}
     return constants, tile.warps
 

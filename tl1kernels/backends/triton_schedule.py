@@ -33,7 +33,13 @@ MOST_ACROSS = 2**25  # weights of a row of columns: what a tile has of them is 3
 LAG = 1024
 """Tiles begun between a group's two passes: enough that the first is over and nobody waits."""
 
-FLAT = 31  # as a kind of resident tile; the others are the exponents of the rows' width
+WIDTHS = (
+    *((1 << k, 1) for k in range(14)),
+    *((1 << k, 3) for k in range(5, 12)),
+    *((1 << k, 9) for k in range(4, 10)),
+)
+"""Of rows, by kind of resident tile: a part, which is a power of two, and how many parts."""
+FLAT = 31  # the kind of resident tile without groups
 COLUMNS_KIND, LONG_KIND = 0, 4  # as kinds of split tile: plus a phase
 FIRST, SECOND, WHOLE, HELD = 0, 1, 2, 3  # phases
 
@@ -52,6 +58,10 @@ class Tile:
     weights: int
     warps: int
 
+    def part(self, itemsize: int) -> int:
+        """Return the weights of one part of a tile of several: 16 bytes a thread."""
+        return 32 * self.warps * 16 // itemsize
+
 
 def resident_tile(longest: int, itemsize: int, states: int) -> Tile:
     """Return the tiles of a batch that see each weight once.
@@ -61,7 +71,7 @@ def resident_tile(longest: int, itemsize: int, states: int) -> Tile:
     others cost.
 
     Args:
-        longest: weights of the longest row.
+        longest: weights of a part of the longest row.
         itemsize: bytes of a weight.
         states: number of state tensors.
     """
@@ -71,6 +81,12 @@ def resident_tile(longest: int, itemsize: int, states: int) -> Tile:
     while warps < most and 32 * warps * a_thread < longest:
         warps *= 2
     return Tile(32 * warps * a_thread, warps)
+
+
+def rows_kind(inner: int) -> int:
+    """Return the kind of resident tile for rows: the one with the least room that holds them."""
+    room = [(width * parts, parts) for width, parts in WIDTHS]
+    return min((k for k in range(len(WIDTHS)) if room[k][0] >= inner), key=room.__getitem__)
 
 
 def split_tile(itemsize: int, states: int) -> Tile:
@@ -139,8 +155,10 @@ def plan(
         coupled: whether the penalty is one of whole groups, of which more is measured.
     """
     vector = 16 // itemsize
-    rows_of = [v.inner for v in views if v.grouped and v.outer == 1 and v.inner <= LONGEST]
-    tile = resident_tile(max(rows_of, default=0), itemsize, states)
+    rows_of = {v.inner for v in views if v.grouped and v.outer == 1 and v.inner <= LONGEST}
+    kinds_of = {inner: rows_kind(inner) for inner in rows_of}
+    longest = max((WIDTHS[kind][0] for kind in kinds_of.values()), default=0)
+    tile = resident_tile(longest, itemsize, states)
     shared = split_tile(itemsize, states)
     layout = np.zeros((len(views), 7), np.int64)
     resident: list[Items] = []
@@ -157,11 +175,13 @@ def plan(
             resident += _flat(index, view.n_groups * view.group_size, tile.weights, at_16)
             groups = view.n_groups * view.group_size
         elif outer == 1 and inner <= LONGEST:
-            exponent = max(inner - 1, 0).bit_length()
+            kind = kinds_of[inner]
             rows = blocks * groups
-            tiles = _ceil_div(rows, max(tile.weights >> exponent, 1))
+            width, parts = WIDTHS[kind]
+            at_a_time = tile.weights if parts == 1 else tile.part(itemsize)
+            tiles = _ceil_div(rows, max(at_a_time // width, 1))
             wide = at_16 and inner % vector == 0
-            resident.append(_items(index, exponent, wide, tiles))
+            resident.append(_items(index, kind, wide, tiles))
             groups = rows
         else:
             if inner <= COLUMNS:
