@@ -7,6 +7,7 @@ share with the CPU's kernels is in test_kernels.py.
 
 import math
 from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -50,8 +51,7 @@ def on_views(names):
     """Run a test on each view; as a team of Triton's where that can be one."""
     pairs = [
         (way, name)
-        for way in WAYS
-        for name in names
+        for way, name in product(WAYS, names)
         if way != "triton in teams" or name not in TRITON_VIEWS or shared(TRITON_VIEWS[name][2])
     ]
     return pytest.mark.parametrize(("gpu", "name"), pairs, indirect=["gpu"])
@@ -140,6 +140,7 @@ def test_every_tile_of_a_penalty_of_whole_groups(gpu, name, dtype, penalty, tau)
 
 TIES = [
     "rows of 147",
+    "rows of 1100",
     "tall columns",
     "input channels 3x3",
     "few rows of input channels",
