@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -186,9 +187,9 @@ def variants(case: Case, device: str) -> Iterator[tuple[str, Callable[[], None]]
                 yield f"{knob.name} {name}", step
 
 
-def compile_all(case: Case) -> None:
+def compile_all(case: Case, device: str) -> None:
     """Take each step of a case once, so that Triton's cache on disk has its kernels."""
-    for _ in variants(case, "cuda"):
+    for _ in variants(case, device):
         pass
 
 
@@ -237,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         every = list(cases(backend, given.size))
         if given.workers and backend == "triton":
             with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
-                list(pool.imap_unordered(compile_all, every))
+                list(pool.imap_unordered(partial(compile_all, device=given.device), every))
         for case in every:
             print(f"\n{backend}, {case.name}")
             try:

@@ -15,22 +15,10 @@ import triton
 import triton.language as tl
 
 from tl1kernels.backends import triton_schedule
-from tl1kernels.backends.triton_math import (
-    GROUPS,
-    INNER,
-    ITEM,
-    N_COEFFICIENTS,
-    TABLE,
-)
+from tl1kernels.backends.triton_math import GROUPS, INNER, ITEM, N_COEFFICIENTS, TABLE
 from tl1kernels.backends.triton_prepare import prepare_kernel
 from tl1kernels.backends.triton_teams import MEASURES, OUTCOMES, split_kernel
-from tl1kernels.backends.triton_tiles import (
-    finished,
-    measured,
-    shrunk,
-    thresholded,
-    write,
-)
+from tl1kernels.backends.triton_tiles import finished, measured, shrunk, thresholded, write
 
 N_WIDTHS = tl.constexpr(len(triton_schedule.WIDTHS))
 WIDTHS = tl.constexpr(tuple(width for width, _ in triton_schedule.WIDTHS))

@@ -206,8 +206,8 @@ def plan(
                 n_partials += sums
                 n_factors += factors
                 n_teams += teams
-                # Half of the device is left to others that may be using it. A tile of few registers
-                # leaves as much, for more of them run.
+                # Half of the device is left to others that may be using it. Tiles of few registers
+                # leave a third, for three of them run on a multiprocessor.
                 few_registers = wide and itemsize <= 4 and not coupled
                 if pieces <= (at_once if few_registers else at_once // 2):
                     held.append(_items(index, kind + HELD, wide, teams, pieces))

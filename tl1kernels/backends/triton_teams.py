@@ -46,8 +46,8 @@ from tl1kernels.backends.triton_tiles import (
 
 MEASURES = 4  # of a group whose weights are coupled: squares, sum, largest, its place in the piece
 OUTCOMES = 5  # factor, cut, kept, and where: piece, place in the piece
-PIECES_AT_A_TIME = tl.constexpr(16)  # that a team's last tile adds up, for each column; or else
-LANES = tl.constexpr(1024)
+PIECES_AT_A_TIME = tl.constexpr(16)  # of a panel, that its team's last tile adds up
+LANES = tl.constexpr(1024)  # pieces of a long group that are added up side by side
 
 # Phases of tiles that share groups.
 FIRST = tl.constexpr(triton_schedule.FIRST)
@@ -217,6 +217,27 @@ def _decided(address, stride, mask, own_piece, Couple: tl.constexpr):
 
 
 @triton.jit
+def _of_phase(
+    row, c, base, offsets, mask, ready, PHASE: tl.constexpr, ALIGNED: tl.constexpr,
+    Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr, A: tl.constexpr,
+):
+    """t: computed, and left in the parameter by FIRST; SECOND waits, and finds or recomputes it."""
+    if PHASE == SECOND:
+        _wait(ready)
+    if PHASE == SECOND and T == A:
+        t = load_or(address_of(row, PARAM, T, base, ALIGNED) + offsets, mask, 0.0)
+    else:
+        t = thresholded(
+            row, c, base, offsets, mask, PHASE == SECOND, ALIGNED, Advance, Apply, STATES, Prox,
+            T, G, A,
+        )
+    if PHASE == FIRST and T == A:
+        tl.store(address_of(row, PARAM, T, base, ALIGNED) + offsets, t, mask=mask)
+    return t
+
+
+@triton.jit
 def _columns_tile(
     row, c, stream, team, piece, partials, n_partials, factors, n_factors, arrivals, ready,
     PHASE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -250,17 +271,9 @@ def _columns_tile(
     own_factors = factors + tl.load(row + FACTORS) + block * row_length + left + column
     arrivals += tl.load(row + TEAMS) + team
     ready += tl.load(row + TEAMS) + team
-    if PHASE == SECOND:
-        _wait(ready)
-    if PHASE == SECOND and T == A:
-        t = load_or(address_of(row, PARAM, T, base, ALIGNED) + offsets, mask, 0.0)
-    else:
-        t = thresholded(
-            row, c, base, offsets, mask, PHASE == SECOND, ALIGNED, Advance, Apply, STATES, Prox,
-            T, G, A,
-        )
-    if PHASE == FIRST and T == A:
-        tl.store(address_of(row, PARAM, T, base, ALIGNED) + offsets, t, mask=mask)
+    t = _of_phase(
+        row, c, base, offsets, mask, ready, PHASE, ALIGNED, Advance, Apply, STATES, Prox, T, G, A
+    )
     if PHASE != SECOND:
         squares, total, largest, at = measured(t, place, 0, c, Couple)
     if PHASE == FIRST or PHASE == HELD:
@@ -314,25 +327,15 @@ def _long_tile(
     arrivals += tl.load(row + TEAMS) + team
     ready += tl.load(row + TEAMS) + team
     factors += tl.load(row + FACTORS) + team
-    if PHASE == SECOND:
-        _wait(ready)
-    if PHASE == SECOND and T == A:
-        t = load_or(address_of(row, PARAM, T, base, ALIGNED) + offsets, mask, 0.0)
-    else:
-        t = thresholded(
-            row, c, base, offsets, mask, PHASE == SECOND, ALIGNED, Advance, Apply, STATES, Prox,
-            T, G, A,
-        )
-    if PHASE == FIRST and T == A:
-        tl.store(address_of(row, PARAM, T, base, ALIGNED) + offsets, t, mask=mask)
+    t = _of_phase(
+        row, c, base, offsets, mask, ready, PHASE, ALIGNED, Advance, Apply, STATES, Prox, T, G, A
+    )
     if PHASE != SECOND:
         squares, total, largest, at = measured(t, offsets, 0, c, Couple)
         partials += tl.load(row + PARTIALS) + team.to(tl.int64) * pieces
         _leave(partials + piece, n_partials, None, squares, total, largest, at, A, Couple)
         if _arrive(arrivals, pieces):
-            _decide_long(
-                partials, n_partials, pieces, factors, n_factors, c, A, Couple
-            )
+            _decide_long(partials, n_partials, pieces, factors, n_factors, c, A, Couple)
             _announce(ready)
     if PHASE == HELD:
         _wait(ready)
