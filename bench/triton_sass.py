@@ -2,16 +2,13 @@
 
 Run: python -m bench.triton_sass        a table for the H100 and H200 (sm_90)
 
-Slots are instructions of the whole kernel over the weights of a thread, the fixed part of a tile
-included, and for "held" and "first" what only the last tile of a team does. The budget: at an
-H200's 4.3 TB/s there are 41 slots for every 6 bytes that a weight moves.
+Slots (bench/sass.py) are those of a tile over the weights in it, its fixed part included; of "held"
+and "first" without the sums that only the last tile of a team makes.
 """
 
 import re
-import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +18,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import sass
+from bench.sass import SLOTS_PER_BYTE, STATES
 from tl1kernels.backends import triton_kernels as kernels
 from tl1kernels.backends import triton_launch, triton_math, triton_penalties, triton_schedule
 from tl1kernels.batch import state_dtype
@@ -32,8 +31,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-STATES = {"assign": 0, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}
-SLOTS_PER_BYTE = 41 / 6
 
 _SPLIT = triton_schedule.COLUMNS_KIND, triton_schedule.LONG_KIND
 # name: kernel, bit of its kind; each for aligned addresses, or not
@@ -59,23 +56,28 @@ TEAMS = ("columns held", "long held")
 TWO_PASSES = ("columns first", "columns second", "long first", "long second")
 
 
-@dataclass(frozen=True)
-class Code:
-    """A compiled kernel: what ptxas says of it, and its instructions by their full names."""
+class Code(sass.Code):
+    """A compiled kernel: its instructions, and what ptxas says of it.
 
-    registers: int
-    stack: int
-    local: int
-    instructions: Counter
+    Attributes:
+        registers: of a thread.
+        stack, local: bytes of local memory.
+    """
 
-    def count(self, prefix: str) -> int:
-        """Return how many instructions begin so."""
-        return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
+    def __init__(self, cubin: Path) -> None:
+        super().__init__(sass.cuobjdump("--dump-sass", cubin))
+        usage = sass.cuobjdump("--dump-resource-usage", cubin)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found, usage
+        self.registers, self.stack, self.local = map(int, found.groups())
 
     @property
-    def slots(self) -> int:
-        """Return how many instructions there are."""
-        return sum(self.instructions.values()) - self.count("NOP")
+    def tile(self) -> Counter:
+        """What a thread goes through for a tile, all 16-byte loads and stores included."""
+        wide = {name: self.instructions[name] for name in ("LDG.E.128", "STG.E.128")}
+        way = self.through({name: n for name, n in wide.items() if n})
+        assert way is not None, wide
+        return way
 
 
 def tile_of(tile: str, rule: str, dtype: torch.dtype) -> triton_schedule.Tile:
@@ -151,20 +153,10 @@ def _named(dtype):
 
 def code_of(compiled_kernel) -> Code:
     """Disassemble a kernel that was compiled for an NVIDIA GPU."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled_kernel.asm["cubin"])
-        usage, sass = (
-            subprocess.run(
-                [tools / "cuobjdump", flag, cubin], check=True, capture_output=True, text=True
-            ).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found, usage
-    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
-    return Code(*map(int, found.groups()), Counter(line.findall(sass)))
+        return Code(cubin)
 
 
 def weights_per_thread(tile: str, rule: str, dtype: torch.dtype) -> float:
@@ -192,9 +184,10 @@ def main() -> None:
         code = code_of(compiled(tile, rule, "tl1", dtype))
         n = weights_per_thread(tile, rule, dtype)
         name = f"{str(dtype).removeprefix('torch.')} {rule} {tile}"
+        special = sum(m for op, m in code.tile.items() if op.startswith("MUFU"))
         print(
-            f"{name:34}{code.registers:>10}{code.slots / n:>8.1f}{budget:>8.0f}"
-            f"{code.count('MUFU') / n:>9.2f}{code.instructions['LDG.E.128']:>15}"
+            f"{name:34}{code.registers:>10}{code.tile.total() / n:>8.1f}{budget:>8.0f}"
+            f"{special / n:>9.2f}{code.instructions['LDG.E.128']:>15}"
         )
 
 

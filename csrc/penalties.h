@@ -84,8 +84,7 @@ struct Log {
       const A p = mul_add(self.slope, size, self.one);
       const A below = p - self.k;
       const A square = (below > 0 ? below : A(0)) * (p + self.k);
-      const A w = size - quotient(self.numerator, p + root(square));
-      return w < 0 ? A(0) : w;
+      return size - quotient(self.numerator, p + root(square));
     }));
   }
 };

@@ -115,7 +115,7 @@ TRITON_POWERS = {
     "_two_thirds_root": (TWO_THIRDS, 7),
 }
 # degree, for P itself, by u
-CPP_16_BIT = {"Tl1Short": 7}
+CPP_16_BIT = {"Tl1Short": 7, "Tl1Shortest": 5}
 TRITON_16_BIT = {"_p_7": 7, "_p_5": 5}
 
 
@@ -132,9 +132,12 @@ def cpp(fits: dict[str, Fit]) -> list[str]:
 
 
 def cpp_16_bit() -> list[str]:
-    """Return that of TL1 for 16 bits."""
-    c, what = p_of_u(CPP_16_BIT["Tl1Short"])
-    return series("Tl1Short", what, c)
+    """Return those of TL1 for 16 bits."""
+    out = []
+    for name, degree in CPP_16_BIT.items():
+        c, what = p_of_u(degree)
+        out += series(name, what, c)
+    return out
 
 
 def series(name: str, what: str, c: list[mp.mpf]) -> list[str]:

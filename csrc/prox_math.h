@@ -6,8 +6,9 @@
 // and a struct, which several penalties may share, with
 //   Struct(c)         takes them, for every few weights, in the arithmetic type A
 //   cut               |v| <= cut goes to 0; all other |v| go to
-//   with_prox(loop)   calls loop(f) where f(|v|) is the prox, >= 0, and f.dear says that it is
-//                     worth a look whether any of a few weights needs it
+//   with_prox(loop)   calls loop(f) where f(|v|) is the prox, or its negative where rounding took it
+//                     below 0, and f.dear says that it is worth a look whether any of a few weights
+//                     needs it
 // NaN is never <= cut, and f must pass it on.
 
 #pragma once
@@ -86,16 +87,25 @@ TL1_INLINE float near_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
-TL1_INLINE float reciprocal(float x) {
-  const float r = near_reciprocal(x);
-  return fmaf(fmaf(-x, r, 1.0f), r, r);
+#elif defined(TL1_EMULATES_CUDA)
+// Up to a unit in the last place off, as those are; the near ones turn the subnormal into 0.
+inline float off(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if (x != 0 && fabsf(x) <= 1e38f) bits += static_cast<int32_t>((bits * 2654435769u) >> 16) % 3 - 1;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
 }
+inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
+TL1_INLINE float root(float x) { return off(sqrtf(x)); }
+TL1_INLINE float quotient(float a, float b) { return off(a / b); }
+TL1_INLINE float near_root(float x) { return flushed(off(sqrtf(flushed(x)))); }
+TL1_INLINE float near_reciprocal(float x) { return flushed(off(1 / flushed(x))); }
 #else
 TL1_INLINE float root(float x) { return sqrtf(x); }
 TL1_INLINE float quotient(float a, float b) { return a / b; }
 TL1_INLINE float near_root(float x) { return sqrtf(x); }
 TL1_INLINE float near_reciprocal(float x) { return 1 / x; }
-TL1_INLINE float reciprocal(float x) { return 1 / x; }
 #endif
 
 TL1_INLINE float magnitude_of(float x) { return fabsf(x); }
@@ -127,21 +137,13 @@ TL1_INLINE float from_bits(int32_t bits) {
   return x;
 }
 
-// min(x, limit) for x >= 0, limit for NaN; and max(x, 0), where a NaN without a sign stays. Floats
-// without a sign are in the order of their bits, and integers have one instruction for these.
+// min(x, limit) for x >= 0, limit for NaN. Floats without a sign are in the order of their bits, and
+// integers have one instruction for it.
 TL1_INLINE float at_most(float x, float limit) {
 #ifdef __CUDA_ARCH__
   return fminf(x, limit);
 #endif
   return from_bits(bits_of(x) < bits_of(limit) ? bits_of(x) : bits_of(limit));
-}
-TL1_INLINE float at_least_0(float x) {
-#ifdef __CUDA_ARCH__
-  float most;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(most) : "f"(x));
-  return most;
-#endif
-  return from_bits(bits_of(x) > 0 ? bits_of(x) : 0);
 }
 
 // c_I + c_(I + 1) x + ... by Horner's rule; recursions, since a loop within a loop is not vectorised.
@@ -212,7 +214,7 @@ struct SoftThreshold {
 // terms of order a; this one loses nothing, and P is a polynomial:
 //   gentle:   in q itself, where the threshold's q is at most 1/8 (tau below about a^2 / 50)
 //   gentlest: a shorter one, up to 1/64 (tau below about a^2 / 430)
-//   root:     in 1 - sqrt(1 - q); for 16 bits, one in sqrt(1 - q)
+//   root:     in 1 - sqrt(1 - q); on GPUs, for 16 bits, shorter ones in sqrt(1 - q)
 // prox_constants.py finds them again and says how good they are.
 // P - 1 = q * polynomial(q), for q <= 1/64: relative error 1.5e-08
 struct Tl1Gentlest {
@@ -290,6 +292,21 @@ struct Tl1Short {
     return c[i];
   }
 };
+// P = polynomial(u), for q <= 1: relative error 8.1e-05
+struct Tl1Shortest {
+  static constexpr int TERMS = 6;
+  TL1_INLINE static constexpr double coefficient(int i) {
+    const double c[TERMS] = {
+        2.25,
+        -2.589986181526069,
+        2.628573763092294,
+        -2.1992223215831151,
+        1.2206049895155199,
+        -3.1005080339995339e-1,
+    };
+    return c[i];
+  }
+};
 
 template <class A>
 struct TransformedL1 {
@@ -303,28 +320,39 @@ struct TransformedL1 {
     c.x[1] = tau * c.x[0] * (c.x[0] + 1);
     c.x[2] = sizeof(A) == 4 ? float_way(continuous ? d : 1, a, tau, c) : NEWTON;
     c.x[3] = what_is_left(cut, c.cut);
+    if (c.x[2] != ROOT) return;
     // A power of two, in which y is about 1 where |v| begins to live: none of its powers leaves
     // float32's range.
-    if (c.x[2] == ROOT) c.x[4] = fmin(ldexp(1.0, -ilogb(c.x[0] + cut)), 0x1p120);
+    c.x[4] = fmin(ldexp(1.0, -ilogb(c.x[0] + cut)), 0x1p120);
+    // The unit in which q = 1 / y^3. An a far from the cut is l0's or l1's to 16 bits.
+    const double near = fmin(fmax(a, 1e-6 * cut), 1e8 * cut);
+    const double short_d = near * (continuous ? cut * near : tau * (a + 1));
+    c.x[5] = short_d > 0 ? 1 / cbrt(6.75 * short_d) : 1;
+    c.x[6] = short_d > 0 ? near * c.x[5] : 1;
+    c.x[7] = short_d * c.x[5] * c.x[5];
   }
 
   static constexpr double NEWTON = 0, GENTLEST = 1, GENTLE = 2, ROOT = 3;
   double exact_a, exact_d, way;
   double unit_of_root;  // what by_root's lengths are in; 1 in the other ways
   A cut, rest;          // in two parts, as in SoftThreshold
-  A a, a_low, d, k, unit;
+  A a;
+  double a_low;  // what rounding took from a, beside y at the cut, where it matters most
+  A d, k, unit;  // which allow for that
   A limit;        // by_root's: where w is |v| to all digits
   A slope;        // the cut in units of a^2
   A terms[4];
+  A short_unit, short_a, short_d;  // by_short_root's
 
   TL1_INLINE explicit TransformedL1(const Coefficients& c)
       : exact_a(c.x[0]), exact_d(c.x[1]), way(c.x[2]), unit_of_root(way == ROOT ? c.x[4] : 1),
         cut(A(c.cut)), rest(A(c.x[3])), a(A(exact_a * unit_of_root)),
-        a_low(A(exact_a * unit_of_root - double(a))),
-        d(A(exact_d * unit_of_root * unit_of_root)),
-        k(A(6.75 * exact_d * (unit_of_root * unit_of_root * unit_of_root))),
-        unit(A(unit_of_root)), limit(A(fmin(1e18 / unit_of_root, 1e38))), slope(A(c.x[8])),
-        terms{A(c.x[4]), A(c.x[5]), A(c.x[6]), A(c.x[7])} {}
+        a_low((exact_a - double(a) / unit_of_root) / (exact_a + c.cut)),
+        d(A(exact_d * unit_of_root * unit_of_root * (1 - 2 * a_low))),
+        k(A(6.75 * exact_d * (unit_of_root * unit_of_root * unit_of_root) * (1 - 3 * a_low))),
+        unit(A(unit_of_root)), limit(A(fmin(1e30 / unit_of_root, 1e38))), slope(A(c.x[8])),
+        terms{A(c.x[4]), A(c.x[5]), A(c.x[6]), A(c.x[7])}, short_unit(A(c.x[5])),
+        short_a(A(c.x[6])), short_d(A(c.x[7])) {}
 
   template <class Loop>
   TL1_INLINE void with_prox(Loop loop) const {
@@ -379,28 +407,26 @@ struct TransformedL1 {
     return mul_add(slope * square, given_back, (size - cut) - rest);
   }
 
-  // |v| - D P / y^2, in units of Y = -2 y, which save a multiplication. `c` carries what rounding
-  // took from y: with it 1 / y^2 becomes (1 + c) / y^2, and q becomes q (1 + 3/2 c).
+  // |v| - D P / y^2. A step of Newton's makes up for what rounding took from y and from 1 / y.
   TL1_INLINE float by_root(float size) const {
-    const float within = at_most(size, limit);  // y^2 must not overflow; w is |v| there anyway
-    const float y = mul_add(-2 * unit, within, -2 * a);
-    const float lost = mul_add(4 * unit, within, mul_add(2.0f, y, 4 * a)) + 4 * a_low;
-    const float inverse = reciprocal(y * y);
-    const float y_inverse = inverse * y;
-    const float c = lost * y_inverse;
-    const float q = (-8 * k * inverse) * y_inverse;
-    const float u = near_root(magnitude_of(mul_add(-1.5f * q, c, 1 - q)));  // < 0 by rounding alone
+    const float within = at_most(size, limit);  // y must not overflow; w is |v| there anyway
+    const float y = mul_add(unit, within, a);
+    const float lost = mul_add(unit, within, a - y);
+    const float near = near_reciprocal(y);
+    const float inverse = mul_add(near, mul_add(-lost, near, mul_add(-y, near, 1.0f)), near);
+    const float square = inverse * inverse;
+    const float u = near_root(magnitude_of(mul_add(-k * square, inverse, 1.0f)));  // < 0 by rounding
     const float p = (1 - u) * polynomial<Tl1Steep>(1 - u);
-    const float excess = mul_add(c, 1 + p, p);  // (1 + c) P - 1
-    return at_least_0(mul_add(-mul_add(4 * d, excess, 4 * d), inverse, size));
+    return mul_add(-(d * square), p, mul_add(-d, square, size));
   }
 
-  // The same for a result that is rounded to 16 bits: no term for the rounding of y.
+  // The same for a result that is rounded to 16 bits. Lengths are in a unit in which q = 1 / y^3.
+  template <class Series>
   TL1_INLINE float by_short_root(float size) const {
-    const float y = mul_add(unit, at_most(size, limit), a);
-    const float inverse = near_reciprocal(y), square = inverse * inverse;
-    const float u = near_root(magnitude_of(mul_add(-k * square, inverse, 1.0f)));
-    return at_least_0(mul_add(-d * square, polynomial<Tl1Short>(u), size));
+    const float inverse = near_reciprocal(mul_add(short_unit, size, short_a));
+    const float square = inverse * inverse;
+    const float u = near_root(magnitude_of(mul_add(-square, inverse, 1.0f)));
+    return mul_add(-short_d * square, polynomial<Series>(u), size);
   }
 
   // For float64, and for a root in float32 without FMA. z = cos(acos(u) / 3) gives
@@ -415,8 +441,7 @@ struct TransformedL1 {
     const double square = 4 * z * z;
     z -= (z * (square - 3) - u) / (3 * square - 3);
     const double r = (4 * z * z - 1) / 3;
-    const double w = size - quotient / (r * r);
-    return w > 0 || size != size ? w : 0.0;
+    return size - quotient / (r * r);
   }
 };
 

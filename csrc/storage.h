@@ -72,7 +72,25 @@ TL1_INLINE void store(float x, bool clean, Float16& out) {
   out.bits = static_cast<uint16_t>(stored | sign);
 }
 
-// Two neighbours. GPUs have instructions for that: + 0 turns -0 into +0, two at a time.
+// Two neighbours. Of a register with two bfloat16, each is one instruction away.
+template <class P, class A>
+TL1_INLINE void load_pair(const P* from, A& x, A& y) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(P) == 2) {
+    if constexpr (P::BRAIN) {
+      uint32_t both;
+      __builtin_memcpy(&both, from, 4);
+      x = from_bits(both << 16);
+      y = from_bits(both & 0xffff0000);
+      return;
+    }
+  }
+#endif
+  x = load(from[0]);
+  y = load(from[1]);
+}
+
+// The same there. + 0 turns -0 into +0, two at a time.
 template <class P, class A>
 TL1_INLINE void store_pair(A x, A y, bool clean, P* out) {
 #ifdef __CUDA_ARCH__

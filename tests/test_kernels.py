@@ -52,6 +52,32 @@ def test_tl1_is_within_4_ulp_and_dies_where_the_reference_does(kernels):
     assert 0 < worst <= 4
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_tl1_of_16_bits_is_right_for_any_a_and_threshold(kernels, dtype):
+    """For a from 1e-20 to 1e20, thresholds of the dtype's range; scaled by the conditioning."""
+    generator = np.random.default_rng(0)
+    finfo = torch.finfo(dtype)
+    least, most = math.log10(finfo.smallest_normal) + 2, math.log10(finfo.max) - 1
+    worst = 0.0
+    for _ in range(60):
+        a, threshold = 10 ** generator.uniform(-20, 20), 10 ** generator.uniform(least, most)
+        tau = threshold * a / (a + 1)
+        if 2 * threshold > a:  # it jumps there
+            tau = (threshold + a / 2) ** 2 / 2 / (a + 1)
+        assert tl1_threshold(tau, a) == pytest.approx(threshold)
+        far = threshold * 10 ** generator.uniform(0, 5, 200)
+        v = torch.from_numpy(np.concatenate([threshold * generator.uniform(1, 3, 200), far]))
+        v = v[(v > 1.01 * threshold) & (v < finfo.max / 2)].to(dtype)
+        got = on(kernels, tk.prox, v, tau, a=a).double()
+        size = v.double()
+        want = on("reference", tk.prox, size, tau, a=a)
+        q = (6.75 * tau * (a + 1) / (a + size) * a / (a + size) / (a + size)).clamp(max=1)
+        ulp = torch.from_numpy(np.ldexp(finfo.eps, np.frexp(size.numpy())[1] - 1))
+        error = (got - want).abs() / ulp
+        worst = max(worst, (error * (1 - q).sqrt()).max().item())
+    assert 0 < worst <= rounding(kernels, dtype)
+
+
 @pytest.mark.parametrize("penalty", ELEMENTWISE)
 def test_every_penalty_is_within_4_ulp_and_dies_where_the_reference_does(kernels, penalty):
     """Over the same range, close to every kink and far from it."""

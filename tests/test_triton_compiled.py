@@ -19,7 +19,8 @@ if triton_launch.interpreting():
     pytest.skip("TRITON_INTERPRET is set", allow_module_level=True)
 
 from bench import triton_sass
-from bench.triton_sass import STATES, TARGETS, TILES
+from bench.sass import SLOTS_PER_BYTE, STATES
+from bench.triton_sass import TARGETS, TILES
 
 PENALTIES = triton_launch.penalties()
 
@@ -124,8 +125,8 @@ def test_on_hopper_aligned_tiles_are_16_byte_accesses_within_the_budget(tile, ru
     assert code.instructions["STG.E.128"] == written / 16
     shared = tile in triton_sass.TEAMS  # a tile leaves its sums, and the last of a team the factors
     assert code.count("STG") == written / 16 + 2 * shared
-    budget = triton_sass.SLOTS_PER_BYTE * triton_sass.bytes_per_weight(rule, dtype)
-    assert 10 < (code.slots - 512 * shared) / weights <= budget
+    budget = SLOTS_PER_BYTE * triton_sass.bytes_per_weight(rule, dtype)
+    assert 10 < code.tile.total() / weights <= budget
 
 
 class Driver:

@@ -13,8 +13,9 @@ template <class A, bool COUPLED>
 struct Measure {
   A squares = 0;
 
+  template <bool IN_UNIT_1>
   TL1_DEVICE void add(A t, int64_t, const Common<A>& c) {
-    const A x = t * c.unit;
+    const A x = IN_UNIT_1 ? t : t * c.unit;
     squares = mul_add(x, x, squares);
   }
   TL1_DEVICE void merge(const Measure& m) { squares += m.squares; }
@@ -27,6 +28,7 @@ struct Measure<A, true> {
   int32_t unused = 0;
   int64_t at = INT64_MAX;  // where the largest is, counted from the tensor's first weight
 
+  template <bool>
   TL1_DEVICE void add(A v, int64_t offset, const Common<A>& c) {
     const A size = magnitude_of(v);
     const A beyond = size <= c.offset ? A(0) : c.unit * (size - c.offset);

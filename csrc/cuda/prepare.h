@@ -64,8 +64,11 @@ struct Prepared {
     const bool coupled = work.coupled >= 0 && tau > 0;
     const double scale = coupled ? fmax(tau, threshold) : threshold;
     const double most = sizeof(A) == 4 ? 0x1p120 : 0x1p1000;
+    // As a rule it is 1, which costs nothing: all squares that matter beside such a threshold are
+    // within float32's range.
+    const bool near_1 = !coupled && scale > 0x1p-40 && scale < 0x1p36;
     const double unit =
-        scale > 0 ? fmin(fmax(ldexp(1.0, -ilogb(scale)), 1 / most), most) : 1;
+        scale > 0 && !near_1 ? fmin(fmax(ldexp(1.0, -ilogb(scale)), 1 / most), most) : 1;
     const double in_units = threshold > 0 ? threshold * unit : coupled ? 0 : -1;
     common.unit = A(unit);
     common.threshold = A(in_units);

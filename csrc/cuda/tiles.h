@@ -6,7 +6,6 @@
 
 #pragma once
 
-#include "../storage.h"
 #include "groups.h"
 #include "variants.h"
 #include "walk.h"
@@ -21,7 +20,7 @@ struct Config {
   using G = G_;
   using A = Arithmetic<T>;
   using Rule = Rule_<A>;
-  using Prox = typename ForBytes<Prox_<A>, sizeof(T)>::type;
+  using Prox = typename ForStored<Prox_<A>, T>::type;
   static constexpr int STATES = Rule::STATES;
   static constexpr int VECTOR = 16 / sizeof(T);
   static constexpr bool COPIES = sizeof(T) != sizeof(G);
@@ -30,7 +29,7 @@ struct Config {
   static constexpr bool LARGE =
       sizeof(A) == 8 || (VECTOR == 8 && (COUPLED || (Prox::MANY && STATES > 0)));
   static constexpr bool WIDE = VECTOR == 8;
-  static constexpr int BLOCKS = LARGE ? 2 : WIDE ? 3 : 4;
+  static constexpr int BLOCKS = LARGE ? 2 : WIDE && (STATES > 0 || Prox::MANY) ? 3 : 4;
   static constexpr int AT_ONCE = LARGE || COPIES || STATES > 2 ? 1 : VECTOR == 4 && STATES == 0 ? 4 : 2;
   static constexpr bool PLAIN = STATES < 2;  // Adam's bytes leave time for what is left out there
   static_assert(sizeof(Rule) <= RULE_BYTES && sizeof(Prox) <= PROX_BYTES);
@@ -248,9 +247,13 @@ class Block {
 
   template <bool PLAIN>
   TL1_DEVICE void take(Weights& w, const Numbers& c, A (&t)[N]) const {
-    A none = 0;
+    A none = 0, p[N], g[N];
+    _Pragma("unroll") for (int i = 0; i < N; i += 2) {
+      load_pair(&w.p[i], p[i], p[i + 1]);
+      load_pair(&w.g[i], g[i], g[i + 1]);
+    }
     _Pragma("unroll") for (int i = 0; i < N; i++) {
-      t[i] = c.rule.template take<PLAIN>(load(w.p[i]), load(w.g[i]),
+      t[i] = c.rule.template take<PLAIN>(p[i], g[i],
                                          C::STATES > 0 ? w.s[0][i] : none,
                                          C::STATES > 1 ? w.s[C::STATES > 1 ? 1 : 0][i] : none,
                                          C::STATES > 2 ? w.s[C::STATES > 2 ? 2 : 0][i] : none);
@@ -339,7 +342,8 @@ class Block {
         }
         wait += N / IN_WAIT * THREADS;
       }
-      add<VECTORS>(m, t, walk, at, shape, c);
+      !C::COUPLED && c.unit == 1 ? add<VECTORS, true>(m, t, walk, at, shape, c)
+                                 : add<VECTORS, false>(m, t, walk, at, shape, c);
     });
     gather(m, walk, shape);
   }
@@ -347,9 +351,9 @@ class Block {
   template <bool VECTORS>
   TL1_DEVICE void finish(const Walk& walk, Shape shape) const {
     const Numbers c = numbers();
-    const Own own(*this, walk, walk.groups ? shape : Shape::chunk);
+    const Own own(*this, walk);
     for_thresholds<VECTORS>(walk, c, true, [&](A (&t)[N], const Cursor& at) {
-      if (walk.groups) apply<VECTORS>(t, own, walk, at, shape);
+      if (walk.groups) apply<VECTORS>(t, own, walk, at);
       write_all<VECTORS>(t, walk, at, c.clean);
     });
   }
@@ -357,8 +361,16 @@ class Block {
   // Those that wait in shared memory become what the outcomes of their groups say.
   template <bool VECTORS>
   TL1_DEVICE void release(const Walk& walk, Shape shape) const {
+    if (shape == Shape::chunk) {
+      release<VECTORS>(walk, [&](A (&t)[N], const Cursor& at) { of_group<VECTORS>(t, walk, at); });
+    } else {
+      const Own own(*this, walk);
+      release<VECTORS>(walk, [&](A (&t)[N], const Cursor& at) { apply<VECTORS>(t, own, walk, at); });
+    }
+  }
+  template <bool VECTORS, class Apply>
+  TL1_DEVICE void release(const Walk& walk, Apply apply) const {
     const bool clean = numbers().clean;
-    const Own own(*this, walk, shape);
     const Wait* wait = waiting() + thread();
     for_turns(walk, [&](Cursor& at) {
       A t[N];
@@ -367,37 +379,37 @@ class Block {
         for (int i = 0; i < IN_WAIT; i++) t[k + i] = part.x[i];
       }
       wait += N / IN_WAIT * THREADS;
-      apply<VECTORS>(t, own, walk, at, shape);
+      apply(t, at);
       write_all<VECTORS>(t, walk, at, clean);
       next_turn(walk, at);
     });
   }
 
   // A chunk's weights are added up by vector, in `parts`; a run's and a panel's by column.
-  template <bool VECTORS>
+  template <bool VECTORS, bool IN_UNIT_1>
   TL1_DEVICE void add(M (&m)[N], const A (&t)[N], const Walk& walk, const Cursor& at, Shape shape,
                       const Numbers& c) const {
     if (shape != Shape::chunk) {
-      for_each<VECTORS>(walk, at, [&](int k) { m[k].add(t[k], at.offset + k * walk.apart, c); });
+      for_each<VECTORS>(walk, at, [&](int k) { m[k].template add<IN_UNIT_1>(t[k], at.offset + k * walk.apart, c); });
     } else if constexpr (VECTORS) {
       M of_vector{};
-      for_each<VECTORS>(walk, at, [&](int k) { of_vector.add(t[k], at.offset + k, c); });
+      for_each<VECTORS>(walk, at, [&](int k) { of_vector.template add<IN_UNIT_1>(t[k], at.offset + k, c); });
       parts()[at.column / N] = of_vector;
     } else {
       for_each<VECTORS>(walk, at, [&](int k) {
         M of_weight{};
-        of_weight.add(t[k], at.offset + k * walk.apart, c);
+        of_weight.template add<IN_UNIT_1>(t[k], at.offset + k * walk.apart, c);
         parts()[at.column + k * walk.apart] = of_weight;
       });
     }
   }
 
-  // The outcomes of a thread's columns, where they are the same in each turn, and few.
+  // The outcomes of a thread's columns in a team, which are the same in each turn, and few.
   struct Own {
     O of[C::COUPLED ? 1 : N];
 
-    TL1_DEVICE Own(const Block& b, const Walk& walk, Shape shape) {
-      if (C::COUPLED || shape == Shape::chunk) return;
+    TL1_DEVICE Own(const Block& b, const Walk& walk) {
+      if (C::COUPLED || walk.groups == 0) return;
       _Pragma("unroll") for (int k = 0; k < N; k++) {
         const int column = walk.column + k * walk.apart;
         of[C::COUPLED ? 0 : k] = column < walk.columns ? b.outcomes()[walk.group_of(column)] : O::none();
@@ -406,21 +418,29 @@ class Block {
   };
 
   template <bool VECTORS>
-  TL1_DEVICE void apply(A (&t)[N], const Own& own, const Walk& walk, const Cursor& at,
-                        Shape shape) const {
-    if (!C::COUPLED && shape != Shape::chunk) {
-      _Pragma("unroll") for (int k = 0; k < N; k++) {
-        t[k] = own.of[C::COUPLED ? 0 : k].of_weight(t[k], at.offset);
-      }
-    } else if (VECTORS && shape == Shape::chunk) {
+  TL1_DEVICE void apply(A (&t)[N], const Own& own, const Walk& walk, const Cursor& at) const {
+    if constexpr (C::COUPLED) {
+      of_groups<VECTORS>(t, walk, at);
+    } else {
+      _Pragma("unroll") for (int k = 0; k < N; k++) t[k] = own.of[k].of_weight(t[k], at.offset);
+    }
+  }
+  // Of a chunk, in which a vector's weights are all of one group.
+  template <bool VECTORS>
+  TL1_DEVICE void of_group(A (&t)[N], const Walk& walk, const Cursor& at) const {
+    if constexpr (VECTORS) {
       const O outcome = outcomes()[walk.group_of(at.column)];
       _Pragma("unroll") for (int k = 0; k < N; k++) t[k] = outcome.of_weight(t[k], at.offset + k);
     } else {
-      for_each<VECTORS>(walk, at, [&](int k) {
-        const O outcome = outcomes()[walk.group_of(at.column + k * walk.apart)];
-        t[k] = outcome.of_weight(t[k], at.offset + k * walk.apart);
-      });
+      of_groups<VECTORS>(t, walk, at);
     }
+  }
+  template <bool VECTORS>
+  TL1_DEVICE void of_groups(A (&t)[N], const Walk& walk, const Cursor& at) const {
+    for_each<VECTORS>(walk, at, [&](int k) {
+      const O outcome = outcomes()[walk.group_of(at.column + k * walk.apart)];
+      t[k] = outcome.of_weight(t[k], at.offset + k * walk.apart);
+    });
   }
 
   template <bool VECTORS>

@@ -6,6 +6,7 @@
 #include <new>
 
 #include "../penalties.h"
+#include "../storage.h"
 #include "block.h"
 
 namespace tl1::gpu {
@@ -22,22 +23,27 @@ struct Transformed : TransformedL1<A> {
   using TransformedL1<A>::TransformedL1;
 };
 
-// The same coefficients, for a T that has no digits to lose.
+// The same coefficients, for 16 bits.
+template <class Series>
 struct TransformedShort : Transformed<float> {
   using Transformed<float>::Transformed;
   template <class Loop>
   TL1_INLINE void with_prox(Loop loop) const {
     const TransformedShort self = *this;
-    loop(dear([self](float x) TL1_LAMBDA { return self.by_short_root(x); }));
+    loop(dear([self](float x) TL1_LAMBDA { return self.template by_short_root<Series>(x); }));
   }
 };
-template <class Prox, int BYTES>
-struct ForBytes {
+template <class Prox, class T>
+struct ForStored {
   using type = Prox;
 };
 template <>
-struct ForBytes<Transformed<float>, 2> {
-  using type = TransformedShort;
+struct ForStored<Transformed<float>, BFloat16> {
+  using type = TransformedShort<Tl1Shortest>;
+};
+template <>
+struct ForStored<Transformed<float>, Float16> {
+  using type = TransformedShort<Tl1Short>;
 };
 
 // A penalty of single weights is chosen by every weight anew; memory hides that.

@@ -68,9 +68,11 @@ C_NORM_UNIT = tl.constexpr(14)  # about 1 / threshold; 0 where groups weigh noth
 C_ZERO = tl.constexpr(15)  # added to every result: 0.0 makes -0.0 the zero of a dead weight, and
 # -0.0 changes no bit of a tensor without a regularizer
 C_CUT = tl.constexpr(16)  # |v| <= cut goes to 0
-C_SHAPE = tl.constexpr(17)  # the penalty's own, up to N_COEFFICIENTS; where it couples groups:
-C_TAU = tl.constexpr(17)  # its weight times the step
-C_OFFSET = tl.constexpr(18)  # taken off |v| before it is squared
+C_GRAD_LR = tl.constexpr(17)  # step size and decay for a gradient that is in another unit: times
+C_GRAD_DECAY = tl.constexpr(18)  # C_UNIT, and over it
+C_SHAPE = tl.constexpr(19)  # the penalty's own, up to N_COEFFICIENTS; where it couples groups:
+C_TAU = tl.constexpr(19)  # its weight times the step
+C_OFFSET = tl.constexpr(20)  # taken off |v| before it is squared
 N_COEFFICIENTS = tl.constexpr(32)
 
 
@@ -79,10 +81,13 @@ N_COEFFICIENTS = tl.constexpr(32)
 
 
 @triton.jit
-def _gradient(p, g, c):
-    g = tl.load(c + C_UNIT) * g
-    decay = tl.load(c + C_DECAY)
+def _decayed(p, g, decay):
     return tl.where(decay != 0, g + decay * p, g)  # 0 * inf would be NaN
+
+
+@triton.jit
+def _gradient(p, g, c):
+    return _decayed(p, tl.load(c + C_UNIT) * g, tl.load(c + C_DECAY))
 
 
 @triton.jit
@@ -97,7 +102,7 @@ def _assign(p, g, s0, s1, s2, c):
 
 @triton.jit
 def _sgd(p, g, s0, s1, s2, c):
-    return p - tl.load(c + C_LR) * _gradient(p, g, c)
+    return p - tl.load(c + C_GRAD_LR) * _decayed(p, g, tl.load(c + C_GRAD_DECAY))
 
 
 @triton.jit

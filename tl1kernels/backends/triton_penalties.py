@@ -20,7 +20,8 @@ from tl1kernels.backends.triton_math import (
 )
 
 # `prepare` stores a tensor's coefficients from (step, weight, a) in float64 and returns the largest
-# |v| that goes to 0; `prox` takes any larger |v| to |w| >= 0 with them. NaN in, NaN out.
+# |v| that goes to 0; `prox` takes any larger |v| with them to |w|, or to -|w| where rounding took
+# that below 0. NaN in, NaN out.
 
 
 @triton.jit
@@ -134,13 +135,22 @@ def _prepare_tl1(step, weight, a, c, mask, A: tl.constexpr):
     unit = _unit_of(a + cut)
     d = tau * (a * unit) * ((a + 1) * unit)
     a = a * unit
+    # What rounding takes from a, beside y at the cut, where it matters most: d and k allow for it.
+    lost = (a - a.to(A).to(tl.float64)) / (a + cut * unit)
     tl.store(c + C_SHAPE, unit.to(A), mask=mask)
     tl.store(c + C_SHAPE + 1, a.to(A), mask=mask)
-    tl.store(c + C_SHAPE + 2, (a - a.to(A).to(tl.float64)).to(A), mask=mask)
-    tl.store(c + C_SHAPE + 3, d.to(A), mask=mask)
-    tl.store(c + C_SHAPE + 4, (6.75 * d * unit).to(A), mask=mask)
-    # Where w is |v| to all digits; y^2 must not overflow.
-    tl.store(c + C_SHAPE + 5, tl.minimum(1e18 / unit, 1e38).to(A), mask=mask)
+    tl.store(c + C_SHAPE + 2, (d * (1 - 2 * lost)).to(A), mask=mask)
+    tl.store(c + C_SHAPE + 3, (6.75 * d * unit * (1 - 3 * lost)).to(A), mask=mask)
+    # Where w is |v| to all digits; y must not overflow.
+    tl.store(c + C_SHAPE + 4, tl.minimum(1e30 / unit, 1e38).to(A), mask=mask)
+    # For 16 bits, the unit in which q = 1 / y^3. An a far from the cut is l0's or l1's there.
+    near = tl.minimum(tl.maximum(a / unit, 1e-6 * cut), 1e8 * cut)
+    d = near * tl.where(continuous, cut * near, tau * (a / unit + 1))
+    cube = 6.75 * tl.maximum(d, 1e-300)
+    unit = tl.where(d > 0, 1 / _cube_root(cube, tl.exp2(tl.log2(cube) / 3)), 1.0)
+    tl.store(c + C_SHAPE + 5, unit.to(A), mask=mask)
+    tl.store(c + C_SHAPE + 6, tl.where(d > 0, near * unit, 1.0).to(A), mask=mask)
+    tl.store(c + C_SHAPE + 7, (d * unit * unit).to(A), mask=mask)
     return cut
 
 
@@ -148,8 +158,8 @@ def _prepare_tl1(step, weight, a, c, mask, A: tl.constexpr):
 def _tl1(size, c, T: tl.constexpr):
     unit = tl.load(c + C_SHAPE)
     a = tl.load(c + C_SHAPE + 1)
-    d = tl.load(c + C_SHAPE + 3)
-    k = tl.load(c + C_SHAPE + 4)
+    d = tl.load(c + C_SHAPE + 2)
+    k = tl.load(c + C_SHAPE + 3)
     if T == tl.float64:
         # z = cos(acos(u) / 3) gives r = (4 z^2 - 1) / 3; its cubic 4 z^3 - 3 z = u has no double
         # root, so a Newton step squares the polynomial's error.
@@ -160,32 +170,28 @@ def _tl1(size, c, T: tl.constexpr):
         square = 4 * z * z
         z -= (z * (square - 3) - u) / (3 * square - 3)
         r = (4 * z * z - 1) / 3
-        w = size - quotient / (r * r)
+        return size - quotient / (r * r)
     elif T == tl.float32:
-        # 1 / y^2 becomes (1 + c) / y^2, where c carries what rounding took from y and from 1 / y,
-        # and q becomes q (1 + 3/2 c).
-        within = tl.minimum(size, tl.load(c + C_SHAPE + 5))
+        # A step of Newton's makes up for what rounding took from y and from 1 / y.
+        within = tl.minimum(size, tl.load(c + C_SHAPE + 4))
         y = within * unit + a
-        lost = tl.fma(within, unit, a - y) + tl.load(c + C_SHAPE + 2)
-        inverse = _reciprocal(y)
-        correction = 2 * (tl.fma(-y, inverse, 1.0) - lost * inverse)
+        lost = tl.fma(within, unit, a - y)
+        near = _reciprocal(y)
+        inverse = tl.fma(near, tl.fma(-lost, near, tl.fma(-y, near, 1.0)), near)
         square = inverse * inverse
-        q = k * inverse * square
-        x = 1 - tl.sqrt(tl.abs(tl.fma(-1.5 * q, correction, 1 - q)))
+        x = 1 - tl.sqrt(tl.abs(tl.fma(-k * square, inverse, 1.0)))
         p = x * _steep_10(x)
-        excess = tl.fma(correction, 1 + p, p)
-        w = tl.fma(-tl.fma(d, excess, d), square, size)
+        return tl.fma(-d * square, p, tl.fma(-d, square, size))
     else:
         # 16 bits are stored: much less is needed.
-        inverse = _reciprocal(size * unit + a)
+        inverse = _reciprocal(size * tl.load(c + C_SHAPE + 5) + tl.load(c + C_SHAPE + 6))
         square = inverse * inverse
-        u = tl.sqrt(tl.abs(1 - k * inverse * square))
+        u = tl.sqrt(tl.abs(1 - square * inverse))
         if T == tl.float16:
             p = _p_7(u)
         else:
             p = _p_5(u)
-        w = size - d * square * p
-    return tl.maximum(w, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return size - tl.load(c + C_SHAPE + 7) * square * p
 
 
 @triton.jit
@@ -290,8 +296,7 @@ def _log(size, c, T: tl.constexpr):
     p = tl.load(c + C_SHAPE) + tl.load(c + C_SHAPE + 1) * size
     below = p - k
     root = tl.sqrt(tl.where(below < 0, 0.0, below) * (p + k))
-    w = size - _quotient(tl.load(c + C_SHAPE + 3), p + root, T)
-    return tl.where(w < 0, 0.0, w)
+    return size - _quotient(tl.load(c + C_SHAPE + 3), p + root, T)
 
 
 # Powers of |w|, by the roots of penalties.h.

@@ -18,6 +18,8 @@ from tl1kernels.backends.triton_math import (
     C_DECAY,
     C_EPS,
     C_GAIN,
+    C_GRAD_DECAY,
+    C_GRAD_LR,
     C_INVERSE_ROOT,
     C_KEEP,
     C_LR,
@@ -121,6 +123,8 @@ def prepare_kernel(
         tl.store(c + C_RATE2, (1 - beta2).to(A), mask=mask)
         tl.store(c + C_EPS, tl.load(s + EPS, mask=mask, other=0.0).to(A), mask=mask)
     tl.store(c + C_LR, size.to(A), mask=mask)
+    tl.store(c + C_GRAD_LR, (size * unit).to(A), mask=mask)
+    tl.store(c + C_GRAD_DECAY, (decay / unit).to(A), mask=mask)
 
     # Squares are summed in units of the threshold: where the sum over- or underflows, the factor is
     # 1 or 0 as it should be.

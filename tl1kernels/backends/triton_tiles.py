@@ -83,10 +83,12 @@ def thresholded(
 def _with_sign_of(size, x, A: tl.constexpr):
     if A == tl.float64:
         sign = x.to(tl.int64, bitcast=True) & (-9223372036854775807 - 1)
-        return (size.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
+        size = size.to(tl.int64, bitcast=True) & 9223372036854775807
+        return (size | sign).to(tl.float64, bitcast=True)
     else:
         sign = x.to(tl.int32, bitcast=True) & (-2147483647 - 1)
-        return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        size = size.to(tl.int32, bitcast=True) & 2147483647
+        return (size | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit

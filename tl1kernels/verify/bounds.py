@@ -45,8 +45,8 @@ NATIVE = Bounds(
     step={torch.float64: 32.0, torch.float32: 8.0, torch.bfloat16: 0.51, torch.float16: 0.51},
     rule=64.0,
 )
-# The same with a shorter series for 16 bits, and approximate roots and quotients.
-TRITON = replace(NATIVE, step={**NATIVE.step, torch.bfloat16: 0.54})
+# The same with a shorter series for bfloat16, and approximate roots and quotients.
+GPU = replace(NATIVE, step={**NATIVE.step, torch.bfloat16: 0.54})
 # Triton's interpreter cuts a float32 off where a GPU rounds it to bfloat16.
 INTERPRETED = replace(NATIVE, step={**NATIVE.step, torch.bfloat16: 1.04})
 
@@ -54,5 +54,5 @@ INTERPRETED = replace(NATIVE, step={**NATIVE.step, torch.bfloat16: 1.04})
 def bounds_of(backend: str) -> Bounds:
     """Return what a backend promises on this machine."""
     if backend == "triton":
-        return INTERPRETED if triton_launch.interpreting() else TRITON
-    return {"reference": ROUNDED_ONCE}.get(backend, NATIVE)
+        return INTERPRETED if triton_launch.interpreting() else GPU
+    return {"reference": ROUNDED_ONCE, "cuda": GPU}.get(backend, NATIVE)
