@@ -177,7 +177,8 @@ def test_nan_and_infinite_gradients_do_what_torch_does(kernels, ours, torchs, op
 def test_no_norm_over_or_underflows(kernels, dtype):
     """Squares are taken in units of the threshold."""
     form = torch.finfo(dtype)
-    for size in (form.smallest_normal * 64, 1.0, form.max / 64):
+    usual = [size for size in (2.0**-38, 1.0, 2.0**34) if form.tiny * 64 < size < form.max / 64]
+    for size in (form.smallest_normal * 64, *usual, form.max / 64):
         v = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.3, 0.4]], dtype=dtype) * size
         for group_by in (0, 1):
             got, want = (

@@ -133,14 +133,16 @@ class Block {
     if (place >= work.n_resident) return false;
     it = work.resident[place];
     place += blocks();
-    if (place < work.n_resident) prefetch(work.resident[place]);
     return true;
   }
 
-  // Has one warp bring what the block takes next to the L2 cache: as long as threads wait for each
-  // other, memory shall have something to do.
-  TL1_DEVICE void prefetch(const Item& it) const {
-    if (thread() < THREADS - WARP || !it.vectors() || !work.ahead) return;
+  // Has one warp bring what the block takes next to the L2 cache: while threads wait for each other,
+  // memory shall have something to do.
+  TL1_DEVICE void prefetch() const {
+    if (thread() < THREADS - WARP || !work.ahead) return;
+    if (place < 0 || place >= work.n_resident) return;
+    const Item it = work.resident[place];
+    if (!it.vectors()) return;
     const Row& soon = work.rows[it.tensor];
     const Part part(soon, it);
     constexpr int BYTES = sizeof(T) + sizeof(G) + C::STATES * sizeof(A);  // of a weight
@@ -173,11 +175,14 @@ class Block {
     const Shape shape = it.shape();
     const Phase phase = it.phase();
     const Walk w(*row, Part(*row, it), shape, VECTORS);
-    if (phase == Phase::second) fetch_outcomes(it, w.groups);
-    if (w.groups == 0 || phase == Phase::second) {
+    const bool measures = w.groups && phase != Phase::second;
+    if (measures) measure<VECTORS>(w, shape, phase == Phase::held);
+    // Not before: the blocks of teams come to their barriers at about the same time.
+    prefetch();
+    if (!measures) {
+      if (phase == Phase::second) fetch_outcomes(it, w.groups);
       finish<VECTORS>(w, shape);
     } else {
-      measure<VECTORS>(w, shape, phase == Phase::held);
       if (shape == Shape::chunk) {
         of_chunk(static_cast<int>(row->width) / (VECTORS ? N : 1), w.groups);
       } else if (phase == Phase::held && row->pieces == 1) {
