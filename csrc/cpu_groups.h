@@ -36,20 +36,44 @@ struct Measures {
   }
 };
 
-// Measures v[i], at place `at + i * step` of its group, into [i], for i in [0, n).
+// What of |v| is measured by squares: what is beyond the offset, in the unit. A NaN stays.
+inline double beyond(double size, double offset, double unit) {
+  return size <= offset ? 0 : unit * (size - offset);
+}
+
+// Measures v[i], each at place `at` of its group, into [i], for i in [0, n).
 template <class A>
-void measure_weights(const A* v, int64_t n, double at, double step, double offset, double unit,
+void measure_columns(const A* v, int64_t n, double at, double offset, double unit,
                      const Measures& into) {
   double *squares = into.of[0], *sum = into.of[1], *largest = into.of[2], *place = into.of[3];
   _Pragma("omp simd") for (int64_t i = 0; i < n; i++) {
-    const double x = v[i], size = magnitude_of(x);
-    const double beyond = size <= offset ? 0 : unit * (size - offset);  // a NaN stays
-    squares[i] += beyond * beyond;
+    const double x = v[i], size = magnitude_of(x), more = beyond(size, offset, unit);
+    squares[i] += more * more;
     sum[i] += size;
     const bool larger = size > magnitude_of(largest[i]);
     largest[i] = larger ? x : largest[i];
-    place[i] = larger ? at + step * static_cast<double>(i) : place[i];
+    place[i] = larger ? at : place[i];
   }
+}
+
+// Measures a run of n weights of one group, the first at place `at`. Which of them is the largest is
+// looked for only where it matters: where none is beyond the offset.
+template <class A>
+Measured measure_run(const A* v, int64_t n, double at, double offset, double unit) {
+  double squares = 0, sum = 0, largest = 0;
+  _Pragma("omp simd reduction(+ : squares, sum) reduction(max : largest)")
+  for (int64_t i = 0; i < n; i++) {
+    const double size = magnitude_of(static_cast<double>(v[i])), more = beyond(size, offset, unit);
+    squares += more * more;
+    sum += size;
+    largest = size > largest ? size : largest;
+  }
+  int64_t first = 0;
+  if (squares == 0) {
+    while (first < n - 1 && magnitude_of(static_cast<double>(v[first])) != largest) first++;
+    largest = v[first];
+  }
+  return {squares, sum, largest, at + static_cast<double>(first)};
 }
 
 }  // namespace TL1_ISA

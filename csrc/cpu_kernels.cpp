@@ -133,15 +133,13 @@ class Runner {
 
   int64_t groups_touched() const { return (origin + columns - 1) / inner - origin / inner + 1; }
 
-  // What is measured of coupled groups, and of each column or of the lanes of one long run.
+  // What is measured of coupled groups, and where runs are short of each column.
   Measures of_groups(double* sums) const { return Measures::in(sums, groups_touched()); }
-  Measures of_columns() const {
-    return Measures::in(work.columns, short_runs ? columns : LANES);
-  }
+  Measures of_columns() const { return Measures::in(work.columns, columns); }
 
   void clear_sums(double* sums) const {
     if (step.coupled >= 0) {
-      of_columns().clear(short_runs ? columns : LANES);
+      if (short_runs) of_columns().clear(columns);
       return of_groups(sums).clear(groups_touched());
     }
     for (int64_t i = 0; i < (short_runs ? columns : LANES); i++) work.columns[i] = 0;
@@ -170,33 +168,27 @@ class Runner {
     advance_to<KeepState>(at, n, out);
     // Rounded, as the cut is by which the weights will shrink.
     const double offset = A(tl1::offset(step.coupled, step.coupling.tau)), unit = step.unit;
-    const Measures groups = of_groups(sums), slots = of_columns();
-    const int64_t first = origin / inner;
     each_row_of(index, n, [&](int64_t i, int64_t col, int64_t m) {
       const int64_t row = tile.row0 + (index + i) / columns;
       if (short_runs) {
         const double place = static_cast<double>(row);  // of the run; fold_coupled adds the rest
-        return measure_weights(out + i, m, place, 0, offset, unit, slots.from(col - origin));
+        return measure_columns(out + i, m, place, offset, unit, of_columns().from(col - origin));
       }
+      const Measures groups = of_groups(sums);
       each_run(col, col + m, [&](int64_t group, int64_t from, int64_t to) {
         const double place = static_cast<double>(row * inner + from - group * inner);
         const A* v = out + i + (from - col);
-        for (int64_t k = 0; k < to - from; k += LANES) {
-          measure_weights(v + k, smaller(LANES, to - from - k), place + static_cast<double>(k), 1,
-                          offset, unit, slots);
-        }
-        for (int64_t k = 0; k < LANES; k++) groups.add(group - first, slots.measured(k));
-        slots.clear(LANES);
+        groups.add(group - origin / inner, measure_run(v, to - from, place, offset, unit));
       });
     });
   }
 
   // Short runs: from columns to groups.
   void fold_coupled(double* sums) const {
-    const Measures groups = of_groups(sums), slots = of_columns();
+    const Measures groups = of_groups(sums), by_column = of_columns();
     for (int64_t g = 0; g < columns / inner; g++) {
       for (int64_t i = 0; i < inner; i++) {
-        Measured m = slots.measured(g * inner + i);
+        Measured m = by_column.measured(g * inner + i);
         m.at = m.at * static_cast<double>(inner) + static_cast<double>(i);
         groups.add(g, m);
       }

@@ -234,7 +234,8 @@ TL1_ONCE void prepare_l_two_thirds(double step, double weight, double, Coefficie
 struct Measured {
   double squares;  // sum of max(0, |v| - offset)^2, in the step's unit
   double sum;      // of |v|
-  double largest;  // the v of largest magnitude, of equal ones the first
+  double largest;  // the v of largest magnitude, of equal ones the first; where squares are not 0,
+                   // maybe its magnitude alone
   double at;       // its place in the group, counted in memory
 };
 struct Coupling {
