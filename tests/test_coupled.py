@@ -157,6 +157,20 @@ def test_of_equal_largest_weights_the_first_is_kept_alone(group_by, each_backend
     assert w[w == 0].view(torch.int32).eq(0).all()
 
 
+@pytest.mark.parametrize("shape", [(7, 40), (130, 700)])
+@pytest.mark.parametrize("group_by", ["out", "in", "layer"])
+def test_where_the_threshold_reaches_the_largest_weight_it_is_kept_alone(
+    group_by, shape, each_backend
+):
+    if "l1_minus_l2" in ON_THE_REFERENCE_ALONE[each_backend]:
+        pytest.skip("no kernel")
+    v = torch.empty(shape).uniform_(-1, 1)
+    w = tk.prox(v, 1.0, penalty="l1_minus_l2", group_by=group_by)
+    dim = {"out": 1, "in": 0, "layer": (0, 1)}[group_by]
+    alone = v.abs() == v.abs().amax(dim, keepdim=True)
+    torch.testing.assert_close(w, torch.where(alone, v, 0), rtol=1e-6, atol=0)
+
+
 def test_a_nan_spoils_its_group_and_zeros_stay_plus_zero(penalty):
     v = torch.randn(4, 100)
     v[1, 2], v[2] = math.nan, -0.0
