@@ -337,10 +337,10 @@ struct TransformedL1 {
   double unit_of_root;  // what by_root's lengths are in; 1 in the other ways
   A cut, rest;          // in two parts, as in SoftThreshold
   A a;
-  double a_low;  // what rounding took from a, beside y at the cut, where it matters most
-  A d, k, unit;  // which allow for that
-  A limit;        // by_root's: where w is |v| to all digits
-  A slope;        // the cut in units of a^2
+  double a_low;         // what rounding took from a, beside y at the cut, where it matters most
+  A d, k, unit;         // d and k allow for that
+  A limit;              // by_root's: where w is |v| to all digits
+  A slope;              // the cut in units of a^2
   A terms[4];
   A short_unit, short_a, short_d;  // by_short_root's
 
