@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from bench.sass import SLOTS_PER_BYTE, STATES, Code, cuobjdump
+from bench.sass import SLOTS_PER_BYTE, STATES, Code, count, cuobjdump
 from tl1kernels.backends import native
 
 BINARY = "libtl1kernels_cuda.so"
@@ -115,7 +115,7 @@ class Pass:
     @property
     def special(self) -> float:
         """Special functions of a weight."""
-        return sum(n for op, n in self.way.items() if op.startswith("MUFU")) / self.weights
+        return count(self.way, "MUFU") / self.weights
 
 
 def passes(name: Name, code: Code) -> dict[str, Pass | None]:

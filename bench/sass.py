@@ -23,6 +23,11 @@ def cuobjdump(flag: str, binary: Path) -> str:
     return subprocess.run([tool, flag, binary], check=True, capture_output=True, text=True).stdout
 
 
+def count(instructions: Counter, prefix: str) -> int:
+    """Return how many of them begin so."""
+    return sum(n for name, n in instructions.items() if name.startswith(prefix))
+
+
 class Code:
     """A kernel's instructions as basic blocks, and the ways between them."""
 
@@ -67,7 +72,7 @@ class Code:
 
     def count(self, prefix: str) -> int:
         """Return how many instructions begin so."""
-        return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
+        return count(self.instructions, prefix)
 
     def through(self, names: dict[str, int]) -> Counter | None:
         """Return the instructions of the shortest way through the kernel; None if there is none.

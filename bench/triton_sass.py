@@ -184,10 +184,10 @@ def main() -> None:
         code = code_of(compiled(tile, rule, "tl1", dtype))
         n = weights_per_thread(tile, rule, dtype)
         name = f"{str(dtype).removeprefix('torch.')} {rule} {tile}"
-        special = sum(m for op, m in code.tile.items() if op.startswith("MUFU"))
+        way = code.tile
         print(
-            f"{name:34}{code.registers:>10}{code.tile.total() / n:>8.1f}{budget:>8.0f}"
-            f"{special / n:>9.2f}{code.instructions['LDG.E.128']:>15}"
+            f"{name:34}{code.registers:>10}{way.total() / n:>8.1f}{budget:>8.0f}"
+            f"{sass.count(way, 'MUFU') / n:>9.2f}{code.instructions['LDG.E.128']:>15}"
         )
 
 

@@ -41,6 +41,7 @@ def test_tl1_is_within_4_ulp_and_dies_where_the_reference_does(kernels):
         v = torch.from_numpy(tl1_threshold(tau, a) * np.concatenate([near, far])).float()
         got = on(kernels, tk.prox, v, tau, a=a)
         want = on("reference", tk.prox, v.double(), tau, a=a)
+        assert got.isfinite().all(), (a, tau)
         ulp = torch.from_numpy(np.spacing(v.abs().numpy())).double()
         near_threshold = (v.double().abs() - tl1_threshold(tau, a)).abs() <= 4 * ulp
         assert (((got == 0) == (want == 0)) | near_threshold).all(), (a, tau)
@@ -71,6 +72,7 @@ def test_tl1_of_16_bits_is_right_for_any_a_and_threshold(kernels, dtype):
         got = on(kernels, tk.prox, v, tau, a=a).double()
         size = v.double()
         want = on("reference", tk.prox, size, tau, a=a)
+        assert got.isfinite().all(), (a, tau)
         q = (6.75 * tau * (a + 1) / (a + size) * a / (a + size) / (a + size)).clamp(max=1)
         ulp = torch.from_numpy(np.ldexp(finfo.eps, np.frexp(size.numpy())[1] - 1))
         error = (got - want).abs() / ulp
@@ -96,6 +98,7 @@ def test_every_penalty_is_within_4_ulp_and_dies_where_the_reference_does(kernels
         options = {"lam": lam, "penalty": penalty, "a": a}
         got = on(kernels, tk.prox, x, step, **options).double().numpy()
         want = on("reference", tk.prox, x.double(), step, **options).numpy()
+        assert np.isfinite(got).all(), options
         ulp, size = np.spacing(x.numpy()).astype(float), x.double().numpy()
         at_a_kink = np.any([abs(size - kink) <= 4 * ulp for kink in kinks], axis=0)
         assert (((got == 0) == (want == 0)) | at_a_kink).all(), options
@@ -175,10 +178,11 @@ def test_nan_and_infinite_gradients_do_what_torch_does(kernels, ours, torchs, op
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_norm_over_or_underflows(kernels, dtype):
-    """Squares are taken in units of the threshold."""
+    """Also next to thresholds at which kernels begin to take squares in another unit."""
     form = torch.finfo(dtype)
-    usual = [size for size in (2.0**-38, 1.0, 2.0**34) if form.tiny * 64 < size < form.max / 64]
-    for size in (form.smallest_normal * 64, *usual, form.max / 64):
+    least, most = form.smallest_normal * 64, form.max / 64
+    usual = [size for size in (2.0**-38, 1.0, 2.0**34) if least < size < most]
+    for size in (least, *usual, most):
         v = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.3, 0.4]], dtype=dtype) * size
         for group_by in (0, 1):
             got, want = (

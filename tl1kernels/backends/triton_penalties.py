@@ -133,19 +133,19 @@ def _prepare_tl1(step, weight, a, c, mask, A: tl.constexpr):
     jump = tl.sqrt(2 * tau) * tl.sqrt(a + 1) - a / 2
     cut = tl.where(continuous, tau * (1 + 1 / a), jump)
     unit = _unit_of(a + cut)
-    d = tau * (a * unit) * ((a + 1) * unit)
-    a = a * unit
+    scaled = a * unit
+    d = tau * scaled * ((a + 1) * unit)
     # What rounding takes from a, beside y at the cut, where it matters most: d and k allow for it.
-    lost = (a - a.to(A).to(tl.float64)) / (a + cut * unit)
+    lost = (scaled - scaled.to(A).to(tl.float64)) / (scaled + cut * unit)
     tl.store(c + C_SHAPE, unit.to(A), mask=mask)
-    tl.store(c + C_SHAPE + 1, a.to(A), mask=mask)
+    tl.store(c + C_SHAPE + 1, scaled.to(A), mask=mask)
     tl.store(c + C_SHAPE + 2, (d * (1 - 2 * lost)).to(A), mask=mask)
     tl.store(c + C_SHAPE + 3, (6.75 * d * unit * (1 - 3 * lost)).to(A), mask=mask)
     # Where w is |v| to all digits; y must not overflow.
     tl.store(c + C_SHAPE + 4, tl.minimum(1e30 / unit, 1e38).to(A), mask=mask)
     # For 16 bits, the unit in which q = 1 / y^3. An a far from the cut is l0's or l1's there.
-    near = tl.minimum(tl.maximum(a / unit, 1e-6 * cut), 1e8 * cut)
-    d = near * tl.where(continuous, cut * near, tau * (a / unit + 1))
+    near = tl.minimum(tl.maximum(a, 1e-6 * cut), 1e8 * cut)
+    d = near * tl.where(continuous, cut * near, tau * (a + 1))
     cube = 6.75 * tl.maximum(d, 1e-300)
     unit = tl.where(d > 0, 1 / _cube_root(cube, tl.exp2(tl.log2(cube) / 3)), 1.0)
     tl.store(c + C_SHAPE + 5, unit.to(A), mask=mask)
