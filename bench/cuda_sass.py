@@ -17,7 +17,7 @@ from tl1kernels.backends import native
 
 BINARY = "libtl1kernels_cuda.so"
 
-SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
+SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2, "StochasticBFloat16": 2}
 RULES = {
     "Assign": "assign",
     "Sgd": "sgd",
@@ -55,7 +55,7 @@ class Name:
     def bytes_per_weight(self) -> int:
         """What a step must read and write."""
         state = 8 if self.param == "double" else 4
-        copy = SIZES[self.grad] if self.grad != self.param else 0
+        copy = SIZES[self.grad] if SIZES[self.grad] != SIZES[self.param] else 0
         return 2 * SIZES[self.param] + SIZES[self.grad] + copy + 2 * STATES[self.rule] * state
 
 
@@ -87,12 +87,12 @@ def _name_of(mangled: str) -> Name | None:
     if "6kernelI" not in mangled:
         return None
     text = mangled.split("6Config", 1)[1]
-    types = [text[1]] if text[1] in "fd" else re.findall(r"B?Float16", text)[:1]
+    types = [text[1]] if text[1] in "fd" else re.findall(r"(?:Stochastic)?B?Float16", text)[:1]
     rest = text[2:] if text[1] in "fd" else text.split(types[0], 1)[1]
     if rest[0] in "fd":
         types.append(rest[0])
     else:
-        second = re.match(r"NS_8portable\d+(B?Float16)", rest)
+        second = re.match(r"E?NS\d*_(?:8portable)?\d(B?Float16)", rest)
         types.append(second.group(1) if second else types[0])
     known = {"f": "float", "d": "double"}
     rule = next(r for r in sorted(RULES, key=len, reverse=True) if f"{len(r)}{r}" in text)
@@ -145,10 +145,9 @@ def main() -> None:
     print(f"{library.name}: instructions a weight, by pass (csrc/cuda/tiles.h)")
     columns = ("registers", "finish", "hold", "release", "budget", "special")
     print(f"{'':32}" + "".join(f"{column:>10}" for column in columns))
-    for param, rule, penalty in product(
-        ("float", "BFloat16"), ("sgd", "sgd_momentum", "adam"), ("l1", "tl1")
-    ):
-        name = Name(param, param, rule, penalty)
+    types = ("float", "float"), ("BFloat16", "BFloat16"), ("StochasticBFloat16", "BFloat16")
+    for of, rule, penalty in product(types, ("sgd", "sgd_momentum", "adam"), ("l1", "tl1")):
+        name = Name(*of, rule, penalty)
         ways = passes(name, codes[name])
         slots = (f"{way.slots:>10.1f}" if way else f"{'?':>10}" for way in ways.values())
         special = ways["finish"].special if ways["finish"] else 0.0

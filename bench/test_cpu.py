@@ -147,6 +147,20 @@ def test_rows_bfloat16_against_float32(against, rule):
     against(f"{rule}, rows, bfloat16", make, {peer: 1.0}, n_bytes)
 
 
+def test_rows_bfloat16_rounded_stochastically(against):
+    options = {**REGULARIZER, "rounding": "stochastic"}
+    check_step("SGD", (4096, 4096), "out", torch.bfloat16, "resident", **options)
+    peer = "ours, rounded to nearest"
+
+    def make():
+        p, q = (fresh((4096, 4096), torch.bfloat16) for _ in range(2))
+        nearest = step_of("SGD", q, group_by="out", **REGULARIZER)
+        return step_of("SGD", p, group_by="out", **options), {peer: nearest}
+
+    n_bytes = step_bytes("SGD", [torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")])
+    against("SGD, rows, bfloat16, rounded stochastically", make, {peer: 1.5}, n_bytes)
+
+
 def test_rows_mostly_zero(against):
     peer = "ours, dense"
 

@@ -64,13 +64,13 @@ def work_of(step):
     return names | ({"split"} if len(plan.split) else set())
 
 
-def check_step(rule, dtype, group_by):
+def check_step(rule, dtype, group_by, **options):
     """Compare two steps with the reference's."""
     results = []
     for backend in (backends.asked_for(), "reference"):
         torch.manual_seed(1)
         p = fresh((1024, 1024), dtype, "cuda")
-        step = step_of(rule, p, group_by=group_by, **REGULARIZER)
+        step = step_of(rule, p, group_by=group_by, **REGULARIZER, **options)
         with tk.use_backend(backend):
             step()
             step()  # whose plan is kept
@@ -101,6 +101,16 @@ def test_one_large_tensor(against_on_gpu, backend, groups, rule, dtype):
     ours()
     assert work_of(ours) == work[backend]
     against_on_gpu(case, ours, peers, bounds, n_bytes)
+
+
+def test_stochastic_rounding(against_on_gpu, backend):
+    check_step("SGD", torch.bfloat16, "out", rounding="stochastic")
+    p = fresh((SIZE, SIZE), torch.bfloat16, "cuda")
+    n_bytes = step_bytes("SGD", [p])
+    ours = step_of("SGD", p, group_by="out", **REGULARIZER, rounding="stochastic")
+    case = f"{backend}, SGD, rows {SIZE}x{SIZE}, bfloat16, rounded stochastically"
+    bounds = {COPY: 1 / OF_COPY[backend]["rows"]}
+    against_on_gpu(case, ours, {COPY: copy_of(n_bytes)}, bounds, n_bytes)
 
 
 @pytest.mark.parametrize("rule", RULES)

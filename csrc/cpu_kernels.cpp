@@ -101,23 +101,39 @@ class Runner {
     });
   }
 
-  void put(const A* t, int64_t at, int64_t n) const {
-    P* out = param + at;
-    const bool clean = step.clean;
-    SIMD for (int64_t i = 0; i < n; i++) store(t[i], clean, out[i]);
+  // Calls f(round) with what stores a weight as it is rounded: round(w, clean, at), at its place.
+  template <class F>
+  [[gnu::always_inline]] void with_rounding(F f) const {
+    P* const out = param;
+    if constexpr (IS_BFLOAT16<P>) {
+      if (step.at_random) {
+        const RandomKey key = step.key;
+        return f([=](A w, bool clean, int64_t at) __attribute__((always_inline)) {
+          store_at_random(w, clean, random_bits(key, static_cast<uint32_t>(at)), out[at]);
+        });
+      }
+    }
+    f([=](A w, bool clean, int64_t at) __attribute__((always_inline)) { store(w, clean, out[at]); });
   }
 
-  static void store_scaled(A factor, A t, P& out) { store(scaled(factor, t), !IN_PLACE, out); }
+  void put(const A* t, int64_t at, int64_t n) const {
+    const bool clean = step.clean;
+    with_rounding([=](auto round) __attribute__((always_inline)) {
+      SIMD for (int64_t i = 0; i < n; i++) round(t[i], clean, at + i);
+    });
+  }
 
   void put_scaled(const A* t, A factor, int64_t at, int64_t n) const {
-    P* out = param + at;
-    SIMD for (int64_t i = 0; i < n; i++) store_scaled(factor, t[i], out[i]);
+    with_rounding([=](auto round) __attribute__((always_inline)) {
+      SIMD for (int64_t i = 0; i < n; i++) round(scaled(factor, t[i]), !IN_PLACE, at + i);
+    });
     put_copy(at, n);
   }
 
   void put_scaled(const A* t, const A* factors, int64_t at, int64_t n) const {
-    P* out = param + at;
-    SIMD for (int64_t i = 0; i < n; i++) store_scaled(factors[i], t[i], out[i]);
+    with_rounding([=](auto round) __attribute__((always_inline)) {
+      SIMD for (int64_t i = 0; i < n; i++) round(scaled(factors[i], t[i]), !IN_PLACE, at + i);
+    });
     put_copy(at, n);
   }
 
@@ -204,32 +220,34 @@ class Runner {
     }
   }
 
-  static void store_shrunk(A v, A factor, A cut, P& out) {
+  [[gnu::always_inline]] static A shrunk(A v, A factor, A cut) {
     const A size = magnitude_of(v);
-    store(with_sign_of(factor * (size <= cut ? A(0) : size - cut), v), true, out);
+    return with_sign_of(factor * (size <= cut ? A(0) : size - cut), v);
   }
 
   // Stores v, the weights of a row from column `col` on, with what `shrinks`, from the group of
   // `origin` on, makes of them.
   void shrink(const A* v, int64_t row, int64_t col, int64_t n, const Measures& shrinks) const {
-    P* out = param + address(row, col);
+    const int64_t at = address(row, col);
     if (short_runs) {
       const A* factors = reinterpret_cast<const A*>(work.spread) + (col - origin);
       const A* cuts = reinterpret_cast<const A*>(work.cuts) + (col - origin);
-      SIMD for (int64_t i = 0; i < n; i++) store_shrunk(v[i], factors[i], cuts[i], out[i]);
+      with_rounding([=](auto round) __attribute__((always_inline)) {
+        SIMD for (int64_t i = 0; i < n; i++) round(shrunk(v[i], factors[i], cuts[i]), true, at + i);
+      });
     } else {
       const int64_t first = origin / inner;
       each_run(col, col + n, [=, this](int64_t group, int64_t from, int64_t to) {
         const A factor = static_cast<A>(shrinks.of[0][group - first]);
         const A cut = static_cast<A>(shrinks.of[1][group - first]);
         const A* of_run = v + (from - col);
-        P* to_run = out + (from - col);
-        SIMD for (int64_t i = 0; i < to - from; i++) {
-          store_shrunk(of_run[i], factor, cut, to_run[i]);
-        }
+        const int64_t of = at + (from - col);
+        with_rounding([=](auto round) __attribute__((always_inline)) {
+          SIMD for (int64_t i = 0; i < to - from; i++) round(shrunk(of_run[i], factor, cut), true, of + i);
+        });
       });
     }
-    put_copy(address(row, col), n);
+    put_copy(at, n);
   }
 
   // Stores the weights that their groups keep, of those in the tile.
@@ -241,8 +259,9 @@ class Runner {
       const int64_t row = place / inner, col = (first + g) * inner + place % inner;
       const bool here = row >= tile.row0 && row < tile.row1 && col >= origin && col < origin + columns;
       if (!here) continue;
-      store(static_cast<A>(shrinks.of[3][g]), true, param[address(row, col)]);
-      put_copy(address(row, col), 1);
+      const int64_t at = address(row, col);
+      with_rounding([=](auto round) { round(static_cast<A>(shrinks.of[3][g]), true, at); });
+      put_copy(at, 1);
     }
   }
 

@@ -218,7 +218,7 @@ bool is_view_of(const int64_t* sizes, int64_t numel) {
 void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state,
            Tensor views, Tensor scalars, std::string rule, std::optional<std::string> penalty,
            bool maximize, bool nesterov, bool decoupled, double grad_scale,
-           std::vector<Tensor> copies) {
+           std::vector<Tensor> copies, std::optional<int64_t> seed) {
   const size_t n = params.size();
   const int rule_row = row_of("rule", rule, RULE_NAMES);
   const int coupled_row = penalty ? index_of(*penalty, COUPLED_NAMES) : -1;
@@ -263,6 +263,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
       check_layout("copies", copies[i], layout);
       s.copy = copies[i].mutable_data_ptr();
     }
+    STD_TORCH_CHECK(!seed || s.stored == Stored::bfloat16, "with a seed params must be bfloat16");
     check("grads", grads[i], numel, grad_type);
     check_layout("grads", grads[i], layout);
     STD_TORCH_CHECK(is_view_of(v, numel), "views must have the number of elements of params");
@@ -289,6 +290,8 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     s.penalty = c.elementwise > 0 ? penalty_row : -1;
     s.coupled = c.elementwise > 0 ? coupled_row : -1;
     s.clean = c.elementwise > 0 || c.group > 0;
+    s.at_random = seed.has_value();
+    s.key = random_key(seed.value_or(0), static_cast<int64_t>(i));
     const bool wide = s.stored == Stored::float64;
     if (s.penalty >= 0) {
       const auto prepare = wide ? PREPARE<double>[s.penalty] : PREPARE<float>[s.penalty];

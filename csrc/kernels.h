@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "penalties.h"
+#include "random.h"
 #include "update_rules.h"
 
 namespace tl1 {
@@ -32,6 +33,8 @@ struct Step {
   int rule;      // row of TL1_RULES
   int penalty;   // row of TL1_PENALTIES; -1 for none
   bool clean;    // regularized: a dead weight is +0, never -0
+  bool at_random;  // bfloat16 is rounded stochastically, by the key
+  RandomKey key;
   RuleNumbers numbers;
   Coefficients coefficients;
   int coupled;             // row of TL1_COUPLED; -1 for none

@@ -27,10 +27,11 @@ STABLE_TORCH_LIBRARY(tl1kernels, m) {
   //   rule     a row of TL1_RULES; penalty: a row of TL1_PENALTIES, or None
   //   copies   none, or for each parameter, then float32, a 16-bit tensor that takes its new values;
   //            its gradient has that type
+  //   seed     None to round to nearest; else bfloat16 is rounded stochastically (random.h)
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor views, "
       "Tensor scalars, str rule, str? penalty, bool maximize, bool nesterov, bool decoupled, "
-      "float grad_scale, Tensor(c!)[] copies) -> ()");
+      "float grad_scale, Tensor(c!)[] copies, int? seed) -> ()");
   m.def("scalar_names() -> str");   // separated by spaces, in the order of the columns
   m.def("penalty_names() -> str");  // those that step_ knows
   m.def("cpu_builds() -> str");     // instruction sets that this processor can run, the best first

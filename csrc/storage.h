@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#include "prox_math.h"
+#include "random.h"
 
 namespace tl1 {
 inline namespace TL1_ISA {
@@ -18,6 +18,8 @@ struct Float16 {
   static constexpr bool BRAIN = false;
   uint16_t bits;
 };
+// The same bits, in kernels that round stochastically.
+struct StochasticBFloat16 : BFloat16 {};
 
 TL1_INLINE float load(float x) { return x; }
 TL1_INLINE double load(double x) { return x; }
@@ -41,6 +43,15 @@ TL1_INLINE float load(Float16 x) {
 // `clean` turns -0 into +0: a dead weight has one bit pattern.
 TL1_INLINE void store(float x, bool clean, float& out) { out = clean ? x + 0.0f : x; }
 TL1_INLINE void store(double x, bool clean, double& out) { out = clean ? x + 0.0 : x; }
+
+template <class P>
+constexpr bool IS_BFLOAT16 = false;
+template <>
+constexpr bool IS_BFLOAT16<BFloat16> = true;
+template <class P>
+constexpr bool IS_STOCHASTIC = false;
+template <>
+constexpr bool IS_STOCHASTIC<StochasticBFloat16> = true;
 
 // By mask, not by `?`: GCC would follow both branches with masks of its own.
 TL1_INLINE uint32_t mask(bool all) { return all ? 0xffffffffu : 0; }
@@ -72,6 +83,14 @@ TL1_INLINE void store(float x, bool clean, Float16& out) {
   out.bits = static_cast<uint16_t>(stored | sign);
 }
 
+// Stochastically: up with a probability of what is cut off. 16 random bits are added to those.
+TL1_INLINE uint32_t at_random(float x, uint32_t random) { return (bits_of(x) + random) | mask(x != x); }
+TL1_INLINE void store_at_random(float x, bool clean, uint32_t random, BFloat16& out) {
+  const uint32_t rounded = at_random(x, random);
+  const bool zero = (rounded & 0x7fff0000) == 0;
+  out.bits = static_cast<uint16_t>((rounded & ~mask(clean && zero)) >> 16);
+}
+
 // Two neighbours. Of a register with two bfloat16, each is one instruction away.
 template <class P, class A>
 TL1_INLINE void load_pair(const P* from, A& x, A& y) {
@@ -90,25 +109,43 @@ TL1_INLINE void load_pair(const P* from, A& x, A& y) {
   y = load(from[1]);
 }
 
-// The same there. + 0 turns -0 into +0, two at a time.
+// Two bfloat16 in a register; + 0 turns -0 into +0.
+#ifdef __CUDA_ARCH__
+TL1_INLINE void store_brain(uint32_t both, bool clean, BFloat16* out) {
+  if (clean) asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(both) : "r"(0x3f803f80), "r"(0));
+  __builtin_memcpy(out, &both, 4);
+}
+#endif
+
 template <class P, class A>
 TL1_INLINE void store_pair(A x, A y, bool clean, P* out) {
 #ifdef __CUDA_ARCH__
   if constexpr (sizeof(P) == 2) {
-    constexpr bool brain = P::BRAIN;
     uint32_t both;
-    if constexpr (brain) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
-    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
-    if (clean) {
-      if constexpr (brain) asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(both) : "r"(0x3f803f80), "r"(0));
-      else asm("add.rn.f16x2 %0, %0, %1;" : "+r"(both) : "r"(0));
+    if constexpr (P::BRAIN) {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+      return store_brain(both, clean, out);
+    } else {
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+      if (clean) asm("add.rn.f16x2 %0, %0, %1;" : "+r"(both) : "r"(0));
+      __builtin_memcpy(out, &both, 4);
+      return;
     }
-    __builtin_memcpy(out, &both, 4);
-    return;
   }
 #endif
   store(x, clean, out[0]);
   store(y, clean, out[1]);
+}
+
+// The same, the first one at `place`; the other `apart` from there.
+TL1_INLINE void store_pair_at_random(float x, float y, bool clean, RandomKey key, uint32_t place,
+                                     uint32_t apart, StochasticBFloat16* out) {
+  const uint32_t of_x = random_bits(key, place), of_y = random_bits(key, place + apart);
+#ifdef __CUDA_ARCH__
+  return store_brain(__byte_perm(at_random(x, of_x), at_random(y, of_y), 0x7632), clean, out);
+#endif
+  store_at_random(x, clean, of_x, out[0]);
+  store_at_random(y, clean, of_y, out[1]);
 }
 
 // float64 for itself, float32 for all that is smaller.

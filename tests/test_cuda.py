@@ -310,16 +310,18 @@ def test_on_hopper_no_kernel_spills_and_hot_ones_are_within_the_budget():
         pytest.skip(f"not built: {native.installed(cuda.REPORT).read_text().strip()}")
     usage, codes = cuda_sass.usage_of(library), cuda_sass.code_of(library)
     assert usage.keys() == codes.keys()
-    assert len(usage) == 4 * (4 * 5 + 2 * 4)  # penalties; rules for 4 dtypes, and for 2 masters
+    # Penalties; rules for 4 dtypes, for 2 masters, for stochastic rounding.
+    assert len(usage) == 4 * (4 * 5 + 2 * 4 + 4)
     for name, code in codes.items():
         assert (usage[name].stack, usage[name].local) == (0, 0), name
         assert code.count("LDL") + code.count("STL") == 0, name
         assert code.count("LDG.E.128") >= 1 + STATES[name.rule], name
         assert code.count("STG.E.128") >= 1, name
-    for param in ("float", "BFloat16", "Float16"):
+    for param in ("float", "BFloat16", "Float16", "StochasticBFloat16"):
         for rule in ("sgd", "sgd_momentum", "adam"):
             for penalty in ("l1", "tl1"):
-                name = cuda_sass.Name(param, param, rule, penalty)
+                grad = param.removeprefix("Stochastic")
+                name = cuda_sass.Name(param, grad, rule, penalty)
                 ways = cuda_sass.passes(name, codes[name])
                 assert all(ways.values()), name
                 budget = SLOTS_PER_BYTE * name.bytes_per_weight

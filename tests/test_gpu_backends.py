@@ -111,6 +111,28 @@ def test_every_tile_agrees_with_the_reference(gpu, name, dtype, offset):
         assert_near(got.cpu(), want.cpu(), ulps, v.cpu())
 
 
+@on_views(VIEWS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_tile_takes_the_random_bits_of_its_weights_places(gpu, name, offset):
+    """Where the arithmetic is exact, all bits are the reference's."""
+    shape, group_by = VIEWS[name]
+    start = torch.randn(2, *shape).bfloat16()
+    gradient = 0.01 * start
+    results = []
+    for backend, device in ((gpu.name, gpu.device), ("reference", "cpu")):
+        params = [at_offset(p, offset, device).requires_grad_() for p in start]
+        for p, g in zip(params, gradient, strict=True):
+            p.grad = at_offset(g, offset, device)
+        # A threshold so small that it changes nothing, on the way of any.
+        options = {"lam": 1e-30, "penalty": None, "group_by": group_by, "rounding": "stochastic"}
+        optimizer = tk.ProxSGD(params, lr=1.0, **options)
+        torch.manual_seed(5)
+        with tk.use_backend(backend):
+            optimizer.step()
+        results.append(torch.stack([p.detach().cpu() for p in params]).view(torch.int16))
+    assert torch.equal(*results)
+
+
 @on_views(name for name, (_, group_by) in VIEWS.items() if group_by is not None)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def arguments(**changes):
         "decoupled": False,
         "grad_scale": 1.0,
         "copies": [],
+        "seed": None,
     }
     return {**given, **changes}
 
@@ -52,6 +53,7 @@ def counted(steps):
     ("changes", "message"),
     [
         ({"grads": []}, "grads must be as many as params"),
+        ({"seed": 1}, "with a seed params must be bfloat16"),
         ({"grads": [torch.ones(2, 4)]}, "grads must have 6 elements, got 8"),
         ({"grads": [torch.ones(3, 2).t()]}, "grads must have the shape and strides"),
         ({"grads": [torch.ones(1).expand(2, 3)]}, "grads must have the shape and strides"),
@@ -103,7 +105,7 @@ def test_opcheck(rule):
 
 def test_in_a_compiled_function_without_a_graph_break():
     def function(p, g, views, scalars):
-        OPS.step_([p], [g], [], views, scalars, "sgd", "tl1", False, False, False, 1.0, [])
+        OPS.step_([p], [g], [], views, scalars, "sgd", "tl1", False, False, False, 1.0, [], None)
         return p * 2
 
     given = arguments()

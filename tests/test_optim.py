@@ -1,6 +1,5 @@
 """The optimizers: torch.optim's behaviour where lam = 0, a proximal step where it is not."""
 
-import contextlib
 import copy
 import inspect
 import math
@@ -24,7 +23,7 @@ from tests.common import (
     step,
     variants,
 )
-from tl1kernels import backends, oracles
+from tl1kernels import oracles
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -278,57 +277,6 @@ def test_a_grad_scaler_scales_and_skips(ours, torchs, fused):
     assert torch.equal(results[0][0], torch.linspace(-1, 1, 12).reshape(3, 4))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-def one_stochastic_step(group_by, backend):
-    """From 1 to 1 + 0.3 ulp in bfloat16."""
-    p = torch.ones(90, 100, dtype=torch.bfloat16, requires_grad=True)
-    p.grad = torch.full_like(p, -0.3 * 2**-7)
-    options = {"lam": 1e-30, "penalty": None, "group_by": group_by, "rounding": "stochastic"}
-    optimizer = tk.ProxSGD([p], lr=1.0, **options)
-    with tk.use_backend(backend):
-        optimizer.step()
-    return p.detach()
-
-
-@pytest.mark.parametrize("group_by", [None, "in", "layer"])
-def test_stochastic_rounding_keeps_small_steps_on_average_and_repeats(
-    each_backend, group_by, monkeypatch
-):
-    """1 + 0.3 ulp in bfloat16: a 1 or its neighbour, which 3 of 10 become."""
-    monkeypatch.setattr(backends, "_warned", set())
-    named, warned = each_backend, contextlib.nullcontext()
-    if each_backend == "cuda":
-        with pytest.raises(RuntimeError, match="'cuda' cannot run this step: stochastic rounding"):
-            one_stochastic_step(group_by, each_backend)
-        return
-    if each_backend == "cpu":  # by name it refuses; by default the reference runs, says one warning
-        named = None
-        warned = pytest.warns(RuntimeWarning, match="'cpu' passed over: stochastic rounding")
-    results = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        with contextlib.nullcontext() if results else warned:
-            results.append(one_stochastic_step(group_by, named))
-    first, again, other = results
-    assert set(first.unique().tolist()) == {1.0, 1 + 2**-7}
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    up = (first > 1).double().mean().item()
-    assert abs(up - 0.3) < 5 * (0.3 * 0.7 / first.numel()) ** 0.5
-    rows = (first > 1).double().mean(1)  # and not by rows
-    assert 0.5 < rows.var() / (0.3 * 0.7 / 100) < 2
-
-
-def test_stochastic_rounding_is_of_bfloat16_alone_and_leaves_zeros_and_infinities(each_backend):
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        if dtype == torch.bfloat16 and each_backend in ("cpu", "cuda"):
-            continue
-        p = torch.tensor([[0.5, math.inf, -math.inf, math.nan]], dtype=dtype, requires_grad=True)
-        p.grad = torch.zeros_like(p)
-        tk.ProxSGD([p], lr=1.0, lam=1.0, group_by=None, rounding="stochastic").step()
-        assert p.tolist()[0][:3] == [0.0, math.inf, -math.inf]
-        assert p[0, 3].isnan()
 
 
 def test_schedulers_and_changes_of_lam_between_steps():

@@ -124,6 +124,26 @@ def test_a_planted_threshold_is_found_by_what_dies(monkeypatch):
     assert "differ) FAIL" in str(verify("cpu", 3, ["l1"]))
 
 
+@pytest.mark.skipif(backends.native.unavailable() is not None, reason="no native library")
+def test_planted_random_bits_are_found(monkeypatch):
+    """Other ones than the reference's; and such as never round up."""
+
+    def failed(backend):
+        return {c.section for c in verify(backend, 3, ["l1", None]).checks if not c.passed}
+
+    right = backends.native.run
+
+    def with_another_seed(batch):
+        batch.seed = None if batch.seed is None else batch.seed + 1
+        right(batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends.native, "run", with_another_seed)
+        assert failed("cpu") == {"stochastic rounding, bits"}
+    monkeypatch.setattr(reference, "random_bits", lambda key, place: torch.zeros_like(place))
+    assert failed("reference") == {"stochastic rounding, on average"}
+
+
 def plant_nan(monkeypatch):
     right = reference.PROX["l1"]
     monkeypatch.setitem(

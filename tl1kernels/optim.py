@@ -48,7 +48,7 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
         min_ndim: tensors of fewer dims stay unregularized: 2 spares biases and norm scales. In
             a param group that sets `lam` itself the default is 0: the group says what it wants.
         rounding: of bfloat16 parameters, "nearest" or "stochastic", which keeps on average what is
-            too small a step for them; its random numbers are those of `torch.manual_seed`.
+            too small a step for them; `torch.manual_seed` decides how, on every backend alike.
         master_weights: whether a 16-bit parameter follows a float32 master of it, which the step
             updates: state `master_param`. What others write to the parameter is taken over, unless
             they do so behind autograd's back, through `.data`.

@@ -100,6 +100,7 @@ struct Prepared {
          record);
     Common<A> numbers{};
     common(work, s, numbers);
+    numbers.key = random_key(work.seed, i);
     if (work.coupled < 0) prox(work.penalty, s, numbers, record + RULE_BYTES);
     *reinterpret_cast<Common<A>*>(record + RULE_BYTES + PROX_BYTES) = numbers;
   }

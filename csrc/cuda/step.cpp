@@ -106,7 +106,7 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
                 const Tensor grad_scale, const Tensor found_inf, const std::string dtype,
                 const std::string grad_dtype, const std::string rule,
                 const std::optional<std::string> penalty, bool maximize, bool nesterov,
-                bool decoupled, int64_t parts, int64_t outcomes, int64_t waiting, int64_t ahead,
+                bool decoupled, int64_t seed, int64_t parts, int64_t outcomes, int64_t waiting, int64_t ahead,
                 int64_t device, int64_t stream) {
   const Chosen chosen = choose(dtype, grad_dtype, rule, penalty);
   const Shared shared = shared_of(chosen, parts, outcomes, waiting);
@@ -134,6 +134,7 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
   work.outcomes_at = shared.outcomes_at;
   work.waiting_at = shared.waiting_at;
   work.rule = chosen.rule, work.penalty = chosen.penalty, work.coupled = chosen.coupled;
+  work.seed = seed;
   work.maximize = maximize, work.nesterov = nesterov, work.decoupled = decoupled;
   const Place place{static_cast<int>(device), reinterpret_cast<void*>(stream)};
   launch_prepare(work, chosen.wide, place);
@@ -180,14 +181,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tl1kernels, m) {
   //   records, sync, partials, factors   workspace: no value is kept from step to step
   //   resident, split      int32 (items, 4), of cuda_schedule.py
   //   grad_scale, found_inf  float32, one each
+  //   seed                 of the dtype "stochastic_bfloat16": bfloat16, rounded so (random.h)
   //   parts, outcomes, waiting   entries in shared memory
   //   ahead                bytes that a block brings to the L2 cache before it needs them
   m.def(
       "cuda_step_(Tensor table, Tensor scalars, Tensor(a!) records, Tensor(b!) sync, "
       "Tensor(c!) partials, Tensor(d!) factors, Tensor resident, Tensor split, Tensor grad_scale, "
       "Tensor found_inf, str dtype, str grad_dtype, str rule, str? penalty, bool maximize, "
-      "bool nesterov, bool decoupled, int parts, int outcomes, int waiting, int ahead, int device, "
-      "int stream) -> ()");
+      "bool nesterov, bool decoupled, int seed, int parts, int outcomes, int waiting, int ahead, "
+      "int device, int stream) -> ()");
   m.def(
       "cuda_resident_blocks(str dtype, str grad_dtype, str rule, str? penalty, int parts, "
       "int outcomes, int waiting, int device) -> int");

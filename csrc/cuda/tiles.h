@@ -25,6 +25,7 @@ struct Config {
   static constexpr int VECTOR = 16 / sizeof(T);
   static constexpr bool COPIES = sizeof(T) != sizeof(G);
   static constexpr bool COUPLED = Prox::COUPLED;
+  static constexpr bool STOCHASTIC = IS_STOCHASTIC<T>;
   // Blocks of a multiprocessor, and turns whose loads are under way at a time: as registers allow.
   static constexpr bool LARGE =
       sizeof(A) == 8 || (VECTOR == 8 && (COUPLED || (Prox::MANY && STATES > 0)));
@@ -279,10 +280,17 @@ class Block {
   }
 
   template <bool VECTORS, class X>
-  TL1_DEVICE void write(X* to, const A (&w)[N], const Walk& walk, const Cursor& at, bool clean) const {
+  TL1_DEVICE void write(X* to, const A (&w)[N], const Walk& walk, const Cursor& at,
+                        const Common<A>& c) const {
     Pack<X, N> rounded;
     _Pragma("unroll") for (int i = 0; i < N; i += 2) {
-      store_pair(w[i], w[i + 1], clean, &rounded[i]);
+      if constexpr (C::STOCHASTIC) {
+        const uint32_t apart = VECTORS ? 1 : walk.apart;
+        const uint32_t place = static_cast<uint32_t>(at.offset) + i * apart;
+        store_pair_at_random(w[i], w[i + 1], c.clean, c.key, place, apart, &rounded[i]);
+      } else {
+        store_pair(w[i], w[i + 1], c.clean, &rounded[i]);
+      }
     }
     if constexpr (VECTORS) {
       rounded.to(to + at.offset);
@@ -359,7 +367,7 @@ class Block {
     const Own own(*this, walk);
     for_thresholds<VECTORS>(walk, c, true, [&](A (&t)[N], const Cursor& at) {
       if (walk.groups) apply<VECTORS>(t, own, walk, at);
-      write_all<VECTORS>(t, walk, at, c.clean);
+      write_all<VECTORS>(t, walk, at, c);
     });
   }
 
@@ -375,7 +383,7 @@ class Block {
   }
   template <bool VECTORS, class Apply>
   TL1_DEVICE void release(const Walk& walk, Apply apply) const {
-    const bool clean = numbers().clean;
+    const Common<A> c = numbers();
     const Wait* wait = waiting() + thread();
     for_turns(walk, [&](Cursor& at) {
       A t[N];
@@ -385,7 +393,7 @@ class Block {
       }
       wait += N / IN_WAIT * THREADS;
       apply(t, at);
-      write_all<VECTORS>(t, walk, at, clean);
+      write_all<VECTORS>(t, walk, at, c);
       next_turn(walk, at);
     });
   }
@@ -449,9 +457,10 @@ class Block {
   }
 
   template <bool VECTORS>
-  TL1_DEVICE void write_all(const A (&w)[N], const Walk& walk, const Cursor& at, bool clean) const {
-    write<VECTORS>(param, w, walk, at, clean);
-    if constexpr (C::COPIES) write<VECTORS>(copy, w, walk, at, clean);
+  TL1_DEVICE void write_all(const A (&w)[N], const Walk& walk, const Cursor& at,
+                            const Common<A>& c) const {
+    write<VECTORS>(param, w, walk, at, c);
+    if constexpr (C::COPIES) write<VECTORS>(copy, w, walk, at, c);
   }
 
   // --- What the groups come to.

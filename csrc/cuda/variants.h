@@ -42,6 +42,10 @@ struct ForStored<Transformed<float>, BFloat16> {
   using type = TransformedShort<Tl1Shortest>;
 };
 template <>
+struct ForStored<Transformed<float>, StochasticBFloat16> {
+  using type = TransformedShort<Tl1Shortest>;
+};
+template <>
 struct ForStored<Transformed<float>, Float16> {
   using type = TransformedShort<Tl1Short>;
 };

@@ -64,6 +64,7 @@ struct Common {
   A unit, threshold;  // of a group's norm, in the unit, a power of two; < 0 for no groups
   A offset;           // of a coupled penalty: what is taken off |v| before it is squared
   bool clean;         // regularized: a dead weight is +0, never -0
+  RandomKey key;      // of stochastic rounding
   int coupled;        // row of TL1_COUPLED; -1 for none
   Coupling coupling;
 };
@@ -80,6 +81,7 @@ struct Work {
   int64_t n_resident, n_split;
   int64_t ahead;             // bytes that a block has brought to the L2 cache for what it takes next
   int64_t n_tensors, n_teams;
+  int64_t seed;              // of stochastic rounding
   int64_t parts_at, outcomes_at, waiting_at;  // in a block's shared memory, in bytes
   int rule, penalty, coupled;        // rows of TL1_RULES, TL1_PENALTIES, TL1_COUPLED; or -1
   bool maximize, nesterov, decoupled;

@@ -77,8 +77,6 @@ def rejects(batch: Batch) -> str | None:
         return f"it has no kernels for {batch.device.type}"
     if batch.penalty is not None and batch.penalty not in penalties():
         return f"it has no penalty {batch.penalty!r}"
-    if batch.stochastic:
-        return "stochastic rounding"
     for entry in batch.entries:
         view = entry.view
         if view.grouped and max(view.outer, view.inner, view.n_groups) > 2**30:
@@ -113,6 +111,7 @@ def step(of: Step) -> None:
         of.maximize,
         of.nesterov,
         of.decoupled,
+        of.seed or 0,
         plan.parts,
         plan.outcomes,
         plan.waiting,
@@ -125,7 +124,7 @@ def step(of: Step) -> None:
 def _names(of: Step) -> tuple[str, str, str, str | None]:
     """Return what chooses the kernel: both dtypes, the rule, the penalty."""
     dtype, grad_dtype = (str(t.dtype).removeprefix("torch.") for t in (of.params[0], of.grads[0]))
-    return dtype, grad_dtype, of.rule, of.penalty
+    return ("" if of.seed is None else "stochastic_") + dtype, grad_dtype, of.rule, of.penalty
 
 
 def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:

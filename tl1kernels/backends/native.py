@@ -90,8 +90,6 @@ def rejects(batch: Batch) -> str | None:
         return f"it has no kernels for {batch.device.type}"
     if batch.penalty is not None and batch.penalty not in penalties():
         return f"it has no penalty {batch.penalty!r}"
-    if batch.stochastic:
-        return "stochastic rounding"
     torch.ops.tl1kernels.cpu_build()  # raises where TL1KERNELS_CPU names none
     for entry, grad in zip(batch.entries, batch.grads, strict=True):
         if entry.param.is_neg():
@@ -126,6 +124,7 @@ def run(batch: Batch) -> None:
         getattr(rule, "decoupled", False),
         1.0 if batch.grad_scale is None else batch.grad_scale.item(),
         tables["copies"],
+        batch.seed,
     )
     # An op of the stable ABI does not say what it wrote to; autograd must know.
     torch.autograd.graph.increment_version(tables["written"])

@@ -298,12 +298,12 @@ def run(batch: Batch) -> None:
         return
     scale = 1.0 if batch.grad_scale is None else batch.grad_scale.item()
     for i, (entry, grad) in enumerate(zip(batch.entries, batch.grads, strict=True)):
-        seed = None if batch.seed is None else batch.seed + i
-        _run_entry(batch.rule, batch.penalty, entry, grad.to(torch.float64) / scale, seed)
+        key = None if batch.seed is None else random_key(batch.seed, i)
+        _run_entry(batch.rule, batch.penalty, entry, grad.to(torch.float64) / scale, key)
 
 
 def _run_entry(
-    rule: Rule, penalty: str | None, entry: Entry, gradient: Tensor, seed: int | None
+    rule: Rule, penalty: str | None, entry: Entry, gradient: Tensor, key: RandomKey | None
 ) -> None:
     p, view, (scalars, terms) = entry.param, entry.view, host_numbers(entry)
     state = {name: entry.state[name].to(torch.float64, copy=True) for name in entry.state}
@@ -313,8 +313,8 @@ def _run_entry(
         w = view.join(PROX[penalty](view.split(w), scalars["lr"], terms), p.shape)
     for name, stored in entry.state.items():
         stored.copy_(state[name])
-    if seed is not None:
-        p.copy_(_cut_off_by_chance(w, seed))
+    if key is not None:
+        p.copy_(_cut_off_by_chance(w, random_bits(key, places(p))))
     else:
         p.copy_(_to_odd(w) if p.element_size() == 2 else w)
     if regularized:
@@ -337,14 +337,40 @@ def _to_odd(w: Tensor) -> Tensor:
     return torch.where(nearest.to(torch.float64) != w, bits | 1, bits).view(torch.float32)
 
 
-def _cut_off_by_chance(w: Tensor, seed: int) -> Tensor:
+def _cut_off_by_chance(w: Tensor, random: Tensor) -> Tensor:
     """Return float64 `w` as float32 on one of its two bfloat16 neighbours, unbiased.
 
     16 random bits are added to the 16 that bfloat16 lacks: a carry comes with a probability of
     their share of the distance.
     """
     narrow = w.to(torch.float32)
-    generator = torch.Generator(w.device).manual_seed(seed)
-    random = torch.randint(1 << 16, w.shape, generator=generator, device=w.device).to(torch.int32)
-    bits = (narrow.view(torch.int32) + random) & -(1 << 16)
+    bits = (narrow.view(torch.int32) + random.to(torch.int32)) & -(1 << 16)
     return torch.where(narrow.isfinite(), bits.view(torch.float32), narrow)
+
+
+RandomKey = tuple[int, int]
+_32_BITS = (1 << 32) - 1
+
+
+def _mixed(h: int) -> int:
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & _32_BITS
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & _32_BITS
+    return h ^ (h >> 16)
+
+
+def random_key(seed: int, tensor: int) -> RandomKey:
+    """Return the key of a step's `tensor`-th tensor: see csrc/random.h."""
+    first, second = seed & _32_BITS, seed >> 32 & _32_BITS
+    low = _mixed((_mixed(second) + first + tensor) & _32_BITS)
+    return low, _mixed((_mixed(low) + second) & _32_BITS)
+
+
+def random_bits(key: RandomKey, place: Tensor) -> Tensor:
+    """Return 16 bits for each place, int64: see csrc/random.h."""
+    h = ((place & _32_BITS) * 0x85EBCA6B + key[0]) & _32_BITS
+    return ((h ^ (h >> 13) ^ key[1]) * 0xC2B2AE35 & _32_BITS) >> 16
+
+
+def places(p: Tensor) -> Tensor:
+    """Return each weight's place in memory, int64, counted from a dense tensor's first."""
+    return torch.arange(p.numel(), device=p.device).as_strided(p.shape, p.stride())

@@ -18,7 +18,14 @@ from tl1kernels.backends import triton_schedule
 from tl1kernels.backends.triton_math import GROUPS, INNER, ITEM, N_COEFFICIENTS, TABLE
 from tl1kernels.backends.triton_prepare import prepare_kernel
 from tl1kernels.backends.triton_teams import MEASURES, OUTCOMES, split_kernel
-from tl1kernels.backends.triton_tiles import finished, measured, shrunk, thresholded, write
+from tl1kernels.backends.triton_tiles import (
+    finished,
+    measured,
+    random_key,
+    shrunk,
+    thresholded,
+    write,
+)
 
 N_WIDTHS = tl.constexpr(len(triton_schedule.WIDTHS))
 WIDTHS = tl.constexpr(tuple(width for width, _ in triton_schedule.WIDTHS))
@@ -29,7 +36,7 @@ __all__ = ["MEASURES", "OUTCOMES", "prepare_kernel", "resident_kernel", "split_k
 
 @triton.jit
 def _flat_tile(
-    row, c, stream, tile, TILE: tl.constexpr, ALIGNED: tl.constexpr, Advance: tl.constexpr,
+    row, c, key, tile, TILE: tl.constexpr, ALIGNED: tl.constexpr, Advance: tl.constexpr,
     Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     A: tl.constexpr,
 ):
@@ -42,12 +49,12 @@ def _flat_tile(
     t = thresholded(
         row, c, base, offsets, mask, False, ALIGNED, Advance, Apply, STATES, Prox, T, G, A
     )
-    write(row, c, stream, base, offsets, mask, t, T, G, ALIGNED)
+    write(row, c, key, base, offsets, mask, t, T, G, ALIGNED)
 
 
 @triton.jit
 def _rows_tile(
-    row, c, stream, tile, TILE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    row, c, key, tile, TILE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     ALIGNED: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr,
     Prox: tl.constexpr, Couple: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -63,7 +70,7 @@ def _rows_tile(
     there = r < tl.load(row + GROUPS) - first
     none = tl.zeros([ROWS], A)
     _rows_part(
-        row, c, stream, base, width.to(tl.int32), there, none, none, none - 1,
+        row, c, key, base, width.to(tl.int32), there, none, none, none - 1,
         tl.zeros([ROWS], tl.int32), 0, WIDTH, PARTS, ALIGNED, Advance, Apply, STATES, Prox, Couple,
         T, G, A,
     )
@@ -71,7 +78,7 @@ def _rows_tile(
 
 @triton.jit
 def _rows_part(
-    row, c, stream, base, width, there, squares, total, largest, at, PART: tl.constexpr,
+    row, c, key, base, width, there, squares, total, largest, at, PART: tl.constexpr,
     WIDTH: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr, Advance: tl.constexpr,
     Apply: tl.constexpr, STATES: tl.constexpr, Prox: tl.constexpr, Couple: tl.constexpr,
     T: tl.constexpr, G: tl.constexpr, A: tl.constexpr,
@@ -95,14 +102,14 @@ def _rows_part(
         largest = tl.maximum(largest, largest_of_part)
     if PART + 1 < PARTS:
         factor, cut, kept, at = _rows_part(
-            row, c, stream, base, width, there, squares, total, largest, at, PART + 1, WIDTH,
+            row, c, key, base, width, there, squares, total, largest, at, PART + 1, WIDTH,
             PARTS, ALIGNED, Advance, Apply, STATES, Prox, Couple, T, G, A,
         )
     else:
         factor, cut, kept = finished(squares, total, largest, c, Couple)
     first_of_largest = column == at[:, None]
     w = shrunk(t, factor[:, None], cut[:, None], kept[:, None], first_of_largest, A, Couple)
-    write(row, c, stream, base, offsets, mask, w, T, G, ALIGNED)
+    write(row, c, key, base, offsets, mask, w, T, G, ALIGNED)
     return factor, cut, kept, at
 
 
@@ -121,9 +128,9 @@ def resident_kernel(
     item = work + tl.program_id(0).to(tl.int64) * ITEM
     row = table + tl.load(item).to(tl.int64) * TABLE
     c = coefficients + tl.load(item).to(tl.int64) * N_COEFFICIENTS
-    stream = None
+    key = None
     if seed is not None:
-        stream = seed + tl.load(item)
+        key = random_key(seed, tl.load(item))
     kind = tl.load(item + 1)
     tile = tl.load(item + 2).to(tl.int64)
     if tl.load(found_inf) == 0:
@@ -132,13 +139,13 @@ def resident_kernel(
                 if (KINDS >> (2 * k + aligned)) & 1:
                     if kind == 2 * k + aligned:
                         _rows_tile(
-                            row, c, stream, tile, TILE if PARTS[k] == 1 else PART, WIDTHS[k],
+                            row, c, key, tile, TILE if PARTS[k] == 1 else PART, WIDTHS[k],
                             PARTS[k], aligned == 1,
                             Advance, Apply, STATES, Prox, Couple, T, G, A, VECTOR,
                         )
             if (KINDS >> (62 + aligned)) & 1:
                 if kind == 62 + aligned:
                     _flat_tile(
-                        row, c, stream, tile, TILE, aligned == 1,
+                        row, c, key, tile, TILE, aligned == 1,
                         Advance, Apply, STATES, Prox, T, G, A,
                     )

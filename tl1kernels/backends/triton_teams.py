@@ -39,6 +39,7 @@ from tl1kernels.backends.triton_tiles import (
     finished,
     load_or,
     measured,
+    random_key,
     shrunk,
     thresholded,
     write,
@@ -239,7 +240,7 @@ def _of_phase(
 
 @triton.jit
 def _columns_tile(
-    row, c, stream, team, piece, partials, n_partials, factors, n_factors, arrivals, ready,
+    row, c, key, team, piece, partials, n_partials, factors, n_factors, arrivals, ready,
     PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr,
     STATES: tl.constexpr, Prox: tl.constexpr, Couple: tl.constexpr, T: tl.constexpr,
@@ -299,12 +300,12 @@ def _columns_tile(
             factor, cut, kept, at = _decided(own_factors, n_factors, inside, piece, Couple)
         first_of_largest = place == at[None, :]
         w = shrunk(t, factor[None, :], cut[None, :], kept[None, :], first_of_largest, A, Couple)
-        write(row, c, stream, base, offsets, mask, w, T, G, ALIGNED)
+        write(row, c, key, base, offsets, mask, w, T, G, ALIGNED)
 
 
 @triton.jit
 def _long_tile(
-    row, c, stream, team, piece, partials, n_partials, factors, n_factors, arrivals, ready,
+    row, c, key, team, piece, partials, n_partials, factors, n_factors, arrivals, ready,
     PHASE: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr, Advance: tl.constexpr, Apply: tl.constexpr, STATES: tl.constexpr,
     Prox: tl.constexpr, Couple: tl.constexpr, T: tl.constexpr, G: tl.constexpr, A: tl.constexpr,
@@ -342,7 +343,7 @@ def _long_tile(
     if PHASE != FIRST:
         factor, cut, kept, at = _decided(factors, n_factors, None, piece, Couple)
         w = shrunk(t, factor, cut, kept, offsets == at, A, Couple)
-        write(row, c, stream, base, offsets, mask, w, T, G, ALIGNED)
+        write(row, c, key, base, offsets, mask, w, T, G, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["seed", "n_partials", "n_factors", "n_teams"])
@@ -362,9 +363,9 @@ def split_kernel(
     item = work + ticket.to(tl.int64) * ITEM
     row = table + tl.load(item).to(tl.int64) * TABLE
     c = coefficients + tl.load(item).to(tl.int64) * N_COEFFICIENTS
-    stream = None
+    key = None
     if seed is not None:
-        stream = seed + tl.load(item)
+        key = random_key(seed, tl.load(item))
     kind = tl.load(item + 1)
     team = tl.load(item + 2)
     piece = tl.load(item + 3)
@@ -376,14 +377,14 @@ def split_kernel(
                 if (KINDS >> (2 * phase + aligned)) & 1:
                     if kind == 2 * phase + aligned:
                         _columns_tile(
-                            row, c, stream, team, piece, partials, n_partials, factors,
+                            row, c, key, team, piece, partials, n_partials, factors,
                             n_factors, arrivals, ready, phase, aligned == 1,
                             ROWS, COLUMNS, Advance, Apply, STATES, Prox, Couple, T, G, A, VECTOR,
                         )
                 if (KINDS >> (8 + 2 * phase + aligned)) & 1:
                     if kind == 8 + 2 * phase + aligned:
                         _long_tile(
-                            row, c, stream, team, piece, partials, n_partials, factors,
+                            row, c, key, team, piece, partials, n_partials, factors,
                             n_factors, arrivals, ready, phase, aligned == 1,
                             TILE, Advance, Apply, STATES, Prox, Couple, T, G, A, VECTOR,
                         )

@@ -26,6 +26,9 @@ from tl1kernels.backends.triton_penalties import shrink_factor
 
 NOWHERE = tl.constexpr(1 << 20)  # beyond any place in a tile
 
+MIX_1 = tl.constexpr(0x85EBCA6B)  # MurmurHash3's, of csrc/random.h
+MIX_2 = tl.constexpr(0xC2B2AE35)
+
 
 @triton.jit
 def address_of(row, i: tl.constexpr, T: tl.constexpr, base, ALIGNED: tl.constexpr):
@@ -138,6 +141,30 @@ def shrunk(t, factor, cut, kept, first, A: tl.constexpr, Couple: tl.constexpr):
 
 
 @triton.jit
+def _mixed(h):
+    h = (h ^ (h >> 16)) * MIX_1
+    h = (h ^ (h >> 13)) * MIX_2
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def random_key(seed, tensor):
+    """One tensor's, in one step, as csrc/random.h has it: its low half in the lower 32 bits."""
+    first = seed.to(tl.int64).to(tl.uint32)
+    second = (seed.to(tl.int64) >> 32).to(tl.uint32)
+    low = _mixed(_mixed(second) + first + tensor.to(tl.uint32))
+    high = _mixed(_mixed(low) + second)
+    return (high.to(tl.int64) << 32) | low.to(tl.int64)
+
+
+@triton.jit
+def random_bits(key, place):
+    """16 bits for each place, uint32, as csrc/random.h has them."""
+    h = place.to(tl.uint32) * MIX_1 + key.to(tl.uint32)
+    return ((h ^ (h >> 13) ^ (key >> 32).to(tl.uint32)) * MIX_2) >> 16
+
+
+@triton.jit
 def _rounded(w, c, T: tl.constexpr):
     """The weights as they are stored. In float16 small ones become zeros, which have no sign."""
     if T == tl.float16:
@@ -148,20 +175,20 @@ def _rounded(w, c, T: tl.constexpr):
 
 @triton.jit
 def write(
-    row, c, stream, base, offsets, mask, w, T: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr
+    row, c, key, base, offsets, mask, w, T: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """Write the weights, and their copies where there are some.
 
-    With a stream of random numbers, bfloat16 is rounded stochastically.
+    With a key of random bits, bfloat16 is rounded stochastically.
     """
     address = address_of(row, PARAM, T, base, ALIGNED) + offsets
-    w += tl.load(c + C_ZERO)
-    if stream is not None:
-        # Up with a probability of what is cut off: 16 random bits are added to those.
-        random = tl.randint(stream, base + offsets).to(tl.int32, bitcast=True) & 0xFFFF
+    if key is not None:
+        # Up with a probability of what is cut off: 16 random bits are added to those. Not to a NaN,
+        # which could become a zero.
+        random = random_bits(key, base + offsets).to(tl.int32)
         bits = (w.to(tl.int32, bitcast=True) + random) & -65536
-        finite = tl.abs(w) < float("inf")
-        w = tl.where(finite, bits, w.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        w = tl.where(w == w, bits.to(tl.float32, bitcast=True), w)
+    w += tl.load(c + C_ZERO)
     tl.store(address, _rounded(w, c, T), mask=mask)
     if G != T:
         tl.store(address_of(row, COPY, G, base, ALIGNED) + offsets, _rounded(w, c, G), mask=mask)

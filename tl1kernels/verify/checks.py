@@ -272,6 +272,56 @@ def _bits(
             yield _check("bits, 1, 2, 4 threads", row, dtype, "one thread", [counts], 0, unit)
 
 
+def _roundings(
+    generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
+) -> Iterator[Check]:
+    """Check that bfloat16 is rounded stochastically: without bias, and as the reference does it.
+
+    To one of both neighbours of what eq. 22 gives in float64. Which of them may differ where the
+    last places of a float32 decide.
+    """
+    dtype, rule = torch.bfloat16, partial(ProxSGD, lr=0.1, rounding="stochastic")
+    for penalty in penalties:
+        lam, mu, a = 0.1, 0.5, random_shape(penalty, 0.1, generator, -1, 1)
+        views = [by for by in _groupings(penalty) if by in (None, "out", "in", "layer")]
+        starts, gradients = (
+            [torch.from_numpy(generator.normal(size=(12, 60))).to(dtype) for _ in views]
+            for _ in range(2)
+        )
+        terms: dict[str, Any] = {"lam": lam, "mu": mu, "penalty": penalty, "a": a}
+        of = rule, starts, gradients, [{**terms, "group_by": by} for by in views]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed := int(generator.integers(2**62)))
+            results = _step(*of, device)
+            torch.manual_seed(seed)
+            with backends.use_backend("reference"):
+                alike = _step(*of, _CPU)
+        errors, bias, variance, differing = [], 0.0, 1e-9, 0
+        for start, gradient, got, other, by in zip(
+            starts, gradients, results, alike, views, strict=True
+        ):
+            v = start.double().numpy() - 0.1 * gradient.double().numpy()
+            want = oracles.prox_as_published(v, 0.1, **terms, group_by=by)
+            clear = ~oracles.undecided(v, 1e-6 * np.abs(v), 0.1, lam * mu, penalty, a, by)
+            scale = np.maximum(np.abs(v), start.double().abs().numpy())
+            errors.append(np.where(clear, _ulps(got, want, scale), 0))
+            differing += int((clear & (_patterns(got) != _patterns(other)).numpy()).sum())
+            # Of what all but cancels the float32 before decides.
+            clear &= np.abs(want) > scale / 16
+            low = want.astype(np.float32).view(np.int32) & -65536  # towards zero
+            unit = (low + 65536).view(np.float32) - low.view(np.float32)
+            share = ((want - low.view(np.float32)) / unit)[clear]
+            bias += float(((got.double().numpy() - want) / unit)[clear].sum())
+            variance += float((share * (1 - share)).sum())
+        section, row, exact = "stochastic rounding", penalty or "no penalty", "eq. 22 in float64"
+        sigma = [abs(bias) / variance**0.5]
+        of_1000 = [1000 * differing / sum(start.numel() for start in starts)]
+        unit_of_bits = "weights of 1000 that differ"
+        yield _check(section, row, dtype, exact, errors, 1.04)
+        yield _check(f"{section}, on average", row, dtype, exact, sigma, 6, "sigma")
+        yield _check(f"{section}, bits", row, dtype, "the reference", of_1000, 5, unit_of_bits)
+
+
 def _differing(threads: Sequence[int], *step: Any) -> list[int]:
     """Return how many weights have other bits than in the first run: by run and tensor.
 
@@ -294,7 +344,7 @@ def _patterns(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-PARTS = (_thresholds, _many, _groups, _rules, _steps, _bits)
+PARTS = (_thresholds, _many, _groups, _rules, _steps, _roundings, _bits)
 """All that is checked: functions of the generator, the bounds, the device and the penalties."""
 
 
