@@ -21,6 +21,15 @@ struct Float16 {
 // The same bits, in kernels that round stochastically.
 struct StochasticBFloat16 : BFloat16 {};
 
+template <class P>
+constexpr bool IS_BFLOAT16 = false;
+template <>
+constexpr bool IS_BFLOAT16<BFloat16> = true;
+template <class P>
+constexpr bool IS_STOCHASTIC = false;
+template <>
+constexpr bool IS_STOCHASTIC<StochasticBFloat16> = true;
+
 TL1_INLINE float load(float x) { return x; }
 TL1_INLINE double load(double x) { return x; }
 TL1_INLINE float load(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
@@ -43,15 +52,6 @@ TL1_INLINE float load(Float16 x) {
 // `clean` turns -0 into +0: a dead weight has one bit pattern.
 TL1_INLINE void store(float x, bool clean, float& out) { out = clean ? x + 0.0f : x; }
 TL1_INLINE void store(double x, bool clean, double& out) { out = clean ? x + 0.0 : x; }
-
-template <class P>
-constexpr bool IS_BFLOAT16 = false;
-template <>
-constexpr bool IS_BFLOAT16<BFloat16> = true;
-template <class P>
-constexpr bool IS_STOCHASTIC = false;
-template <>
-constexpr bool IS_STOCHASTIC<StochasticBFloat16> = true;
 
 // By mask, not by `?`: GCC would follow both branches with masks of its own.
 TL1_INLINE uint32_t mask(bool all) { return all ? 0xffffffffu : 0; }
@@ -137,7 +137,7 @@ TL1_INLINE void store_pair(A x, A y, bool clean, P* out) {
   store(y, clean, out[1]);
 }
 
-// The same, the first one at `place`; the other `apart` from there.
+// The same, rounded stochastically: the first one at `place`, the other `apart` from there.
 TL1_INLINE void store_pair_at_random(float x, float y, bool clean, RandomKey key, uint32_t place,
                                      uint32_t apart, StochasticBFloat16* out) {
   const uint32_t of_x = random_bits(key, place), of_y = random_bits(key, place + apart);

@@ -1,6 +1,7 @@
 """`tl1kernels train digits`: the files it leaves, going on after Ctrl-C, and what it promises."""
 
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -230,6 +231,22 @@ def test_runs_of_other_code_or_without_their_model_are_run_again(tmp_path):
     file.with_suffix(".pt").unlink()
     assert run.run_to_file(setting, tmp_path, NOWHERE)["accuracy"] > 0
     assert file.with_suffix(".pt").exists()
+
+
+def test_a_run_that_diverges_stops_and_is_named(capsys, monkeypatch):
+    far = dataclasses.replace(RECIPES["digits"], lr=1e30)
+    monkeypatch.setitem(RECIPES, "digits", far)
+    _, result = run.train(run.Setting("digits", "l1", 0.1, 1.0, 0, "validation", 9), NOWHERE)
+    assert run.diverged(result["history"])
+    assert len(result["history"]) < 9
+    fine = {**result, "history": [{"loss": 1.0}, {"loss": 0.5}]}
+    report.print_diverged([fine, result], Console(width=200))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 of 2 runs diverged")
+    assert lines[1:] == ["  l1, lam 0.1, a 1, seed 0"]
+    report.print_diverged([fine], Console())
+    assert not capsys.readouterr().out
+    assert not run.diverged([])
 
 
 def test_settings_that_differ_have_names_that_differ():

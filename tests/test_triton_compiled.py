@@ -70,6 +70,16 @@ def test_stochastic_rounding_is_a_binary_for_every_gpu(target):
         assert code.asm[BINARY[gpu.backend]]
 
 
+@pytest.mark.parametrize("rule", triton_sass.RULES)
+def test_on_hopper_stochastic_rounding_of_rows_is_within_the_budget(rule):
+    compiled = triton_sass.compiled("rows 4096", rule, "tl1", torch.bfloat16, stochastic=True)
+    code = triton_sass.code_of(compiled)
+    assert (code.stack, code.local) == (0, 0)
+    weights = triton_sass.weights_per_thread("rows 4096", rule, torch.bfloat16)
+    budget = SLOTS_PER_BYTE * triton_sass.bytes_per_weight(rule, torch.bfloat16)
+    assert 10 < code.tile.total() / weights <= budget
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_master_weights_are_a_binary_for_every_gpu(target):
     """In one pass, with 16-byte accesses to gradients and copies too."""

@@ -72,6 +72,7 @@ def _command(args: argparse.Namespace) -> str:
 def _search(args: argparse.Namespace, console: Console) -> int:
     settings = experiment.search_settings(args.dataset, args.methods, args.epochs)
     results = experiment.run_all(settings, args.out / "runs", args.jobs, console, args.data)
+    report.print_diverged(results, console)
     chosen = experiment.choose(results)
     headers = ["method", "lam", "a", "accuracy %", "parameters %"]
     table = report.plain_table("Chosen on the validation split", headers)
@@ -106,7 +107,9 @@ def _final(args: argparse.Namespace, examples: torch.Tensor, console: Console) -
         args.dataset, args.methods, args.seeds, args.epochs, _chosen(args), args.paper
     )
     folder = args.out / "runs"
-    done = runs.of(experiment.run_all(runs.all(), folder, args.jobs, console, args.data))
+    results = experiment.run_all(runs.all(), folder, args.jobs, console, args.data)
+    report.print_diverged(results, console)
+    done = runs.of(results)
     rows = report.summarize(done.table)
     report.add_ranks(rows)
     report.print_tables(rows, args.dataset, console)

@@ -53,11 +53,17 @@ def digits_network() -> nn.Sequential:
 
 
 def lenet() -> nn.Sequential:
-    """Return LeNet-5 as Caffe has it, for images of 28 x 28; 431,080 parameters."""
+    """Return LeNet-5 of Caffe's sizes, for images of 28 x 28; 431,080 parameters.
+
+    Caffe's has no ReLU after the convolutions. On Fashion-MNIST, that one diverges under SGD when
+    TL1 removes most connections: 11 of 50 runs at lr = 0.1, and at 0.05 still.
+    """
     layers = _network(
         nn.Conv2d(1, 20, 5),
+        nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(20, 50, 5),
+        nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(50 * 4 * 4, 500),

@@ -16,7 +16,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from tl1kernels.train.recipes import RECIPES
-from tl1kernels.train.run import OPTIONS, Setting, environment
+from tl1kernels.train.run import OPTIONS, Setting, diverged, environment
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -195,6 +195,16 @@ def print_findings(found: Sequence[Row], console: Console) -> None:
     """Print each claim of the paper and whether it holds here."""
     for one in found:
         console.print(f"{'holds' if one['holds'] else 'does NOT hold':>14}: {one['claim']}")
+
+
+def print_diverged(results: Sequence[Result], console: Console) -> None:
+    """Print which runs diverged, if any did: their measures say nothing of a method."""
+    lost = [result["setting"] for result in results if diverged(result["history"])]
+    if lost:
+        console.print(f"{len(lost)} of {len(results)} runs diverged, at too large a step size:")
+    for of in lost:
+        title = TITLES[of["method"]]
+        console.print(f"  {title}, lam {of['lam']:g}, a {of['a']:g}, seed {of['seed']}")
 
 
 def copy_models(out: Path, table: Sequence[Result]) -> dict[str, Path]:

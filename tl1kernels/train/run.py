@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -69,7 +70,8 @@ def train(setting: Setting, data_folder: Path) -> tuple[torch.nn.Module, dict[st
     optimizer = make_optimizer(network, setting)
     began = time.perf_counter()
     history: list[dict[str, float]] = []
-    while len(history) < (setting.epochs or recipe.epochs) and not settled(history):
+    most = setting.epochs or recipe.epochs
+    while len(history) < most and not (settled(history) or diverged(history)):
         total = 0.0
         for batch in torch.randperm(len(data.fit_labels)).split(recipe.batch_size):
             optimizer.zero_grad()
@@ -99,6 +101,11 @@ def settled(history: list[dict[str, float]]) -> bool:
     losses = [epoch["loss"] for epoch in history[-PATIENCE - 1 :]]
     small = [abs(after - before) < SETTLED * before for before, after in pairwise(losses)]
     return len(small) == PATIENCE and all(small)
+
+
+def diverged(history: list[dict[str, float]]) -> bool:
+    """Return whether the training loss has left the finite numbers, from which nothing returns."""
+    return bool(history) and not math.isfinite(history[-1]["loss"])
 
 
 def make_optimizer(network: torch.nn.Module, setting: Setting) -> torch.optim.Optimizer:
