@@ -1,6 +1,7 @@
 """Stochastic rounding of bfloat16: its random bits, and that all backends take the same."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -82,6 +83,21 @@ def test_where_arithmetic_is_exact_all_bits_are_the_references(data, group_by, s
     options = {"lr": 1.0, "lam": 1e-30, "penalty": None, "group_by": group_by}
     want = stochastic(starts, gradients, seed, backend="reference", **options)
     for a, b in zip(stochastic(starts, gradients, seed, **options), want, strict=True):
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize(
+    ("penalty", "group_by"), [(None, None), *product((None, "l1_minus_l2"), ("out", "in", "layer"))]
+)
+def test_every_instruction_set_takes_the_same_bits(kernels, penalty, group_by):
+    """On tensors of more weights than a vector; l1 - l2 with a threshold that changes nothing."""
+    starts = [torch.randn(37, 53).bfloat16(), torch.randn(8, 16, 3, 3).bfloat16()]
+    starts[1] = starts[1].to(memory_format=torch.channels_last)
+    gradients = [(0.01 * start.double()).bfloat16() for start in starts]
+    options = {"lr": 1.0, "lam": 1e-30, "mu": 0.5, "penalty": penalty, "group_by": group_by}
+    of = (starts, gradients, 11)
+    want = stochastic(*of, backend="reference", **options)
+    for a, b in zip(stochastic(*of, **options), want, strict=True):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
