@@ -56,6 +56,24 @@ def test_a_step_has_no_graph_break_and_no_schedule_recompiles_it(kind, backend, 
         assert sum("optimizer_step_" in target for target in targets) == 1
 
 
+def test_a_compiled_step_takes_new_random_bits_each_time_as_an_eager_one_does():
+    options = {"lr": 1.0, "lam": 1e-30, "penalty": None, "group_by": "out"}
+    params = [torch.ones(20, 30, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    eager, compiled = (tk.ProxSGD([p], **options, rounding="stochastic") for p in params)
+    step = torch.compile(lambda: compiled.step(), backend="aot_eager", fullgraph=True)
+    seen = []
+    for i in range(3):
+        for p, take in zip(params, (eager.step, step), strict=True):
+            with torch.no_grad():
+                p.fill_(1)
+            p.grad = torch.full_like(p, -0.3 * 2**-7)
+            torch.manual_seed(i)
+            take()
+        assert torch.equal(*params)
+        seen.append(params[1].detach().clone())
+    assert not torch.equal(seen[1], seen[2])
+
+
 def test_a_training_step_with_a_scheduler_is_not_recompiled_after_warm_up(each_backend):
     """Forward, backward, step; torch's scheduler wraps the step, and breaks the graph there."""
     eager, compiled = network(), network()
