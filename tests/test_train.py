@@ -132,6 +132,20 @@ def test_the_command_writes_everything_it_says(tmp_path, capsys):
     assert judged == pytest.approx(table["rows"][2]["accuracy"] / 100)
 
 
+def test_tables_alone_need_no_other_lam(tmp_path, capsys):
+    command = ["train", "digits", "--out", str(tmp_path), "--seeds", "1", "--epochs", "1"]
+    assert cli.main([*command, "--methods", "none", "tl1", "--tables"]) == 0
+    assert "Fig. 4" not in capsys.readouterr().out
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 2
+    assert not list(tmp_path.glob("fig4*"))
+    table = json.loads((tmp_path / "table2.json").read_text())
+    assert table["command"].endswith("--tables --methods none tl1 --epochs 1")
+    assert len(table["rows"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "--tables", "--paper"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 def test_measures_of_the_last_layer_separate_dead_neurons_from_zeros_among_the_rest():
     last = {"weights": 100, "weights_left": 30, "inputs": 10, "inputs_removed": 4}
     left = {"flops_fraction": 0.5, "parameters_fraction": 0.25, "neurons": 8, "neurons_removed": 2}

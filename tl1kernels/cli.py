@@ -47,8 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seeds", type=_positive, default=5, help="runs per method [%(default)s]")
     train.add_argument("--jobs", type=_positive, help="runs at a time [one per core]")
     train.add_argument("--epochs", type=_positive, help="epochs of every run [the recipe's]")
-    train.add_argument(
+    how_much = train.add_mutually_exclusive_group()
+    how_much.add_argument(
         "--paper", action="store_true", help="all of the paper's tables and figures: more runs"
+    )
+    how_much.add_argument(
+        "--tables", action="store_true", help="no curves, which need other lam: half of the runs"
     )
     train.add_argument(
         "--search",

@@ -61,7 +61,8 @@ def _check(args: argparse.Namespace) -> None:
 def _command(args: argparse.Namespace) -> str:
     words = ["tl1kernels", "train", args.dataset]
     words += ["--search"] if args.search else ["--seeds", str(args.seeds)]
-    words += ["--paper"] if args.paper and not args.search else []
+    extent = "--paper" if args.paper else "--tables" if args.tables else ""
+    words += [extent] if extent and not args.search else []
     if args.methods != METHODS:
         words += ["--methods", *args.methods]
     if args.epochs:
@@ -104,7 +105,13 @@ def _chosen(args: argparse.Namespace) -> Mapping[str, Mapping[str, float]]:
 
 def _final(args: argparse.Namespace, examples: torch.Tensor, console: Console) -> int:
     runs = experiment.final_settings(
-        args.dataset, args.methods, args.seeds, args.epochs, _chosen(args), args.paper
+        args.dataset,
+        args.methods,
+        args.seeds,
+        args.epochs,
+        _chosen(args),
+        args.paper,
+        curves=not args.tables,
     )
     folder = args.out / "runs"
     results = experiment.run_all(runs.all(), folder, args.jobs, console, args.data)
@@ -137,16 +144,17 @@ def _write(
     ]
     report.write(out, "table2", command, rows)
     report.write(out, "table3", command, last)
-    report.write(out, "fig4-curves", command, points)
-    figures.curves(points, args.dataset, out / "fig4-curves.png", command)
     figures.filters(models, out / "fig6-filters.png", command)
     files = {
         "comparison (Table 2)": out / "table2.csv",
         "last layer (Table 3)": out / "table3.csv",
-        "accuracy against size (Fig. 4)": out / "fig4-curves.png",
         "first layers (Fig. 6)": out / "fig6-filters.png",
         "sparse models": out / "models",
     }
+    if not args.tables:
+        report.write(out, "fig4-curves", command, points)
+        figures.curves(points, args.dataset, out / "fig4-curves.png", command)
+        files["accuracy against size (Fig. 4)"] = out / "fig4-curves.png"
     return files | (_write_paper(args, done, rows, points, console) if args.paper else {})
 
 

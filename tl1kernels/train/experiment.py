@@ -208,20 +208,25 @@ def final_settings(
     epochs: int | None,
     chosen: Mapping[str, Mapping[str, float]],
     paper: bool = False,
+    curves: bool = True,
 ) -> Runs[Setting]:
-    """Return the runs on the test split; with `paper` those that its figures need, too."""
+    """Return the runs on the test split; with `paper` those that its figures need, too.
+
+    Args:
+        curves: whether with other lam, for accuracy against size.
+    """
     factors, few = (PAPER_FACTORS, PAPER_SEEDS) if paper else (CURVE_FACTORS, CURVE_SEEDS)
     table: list[Setting] = []
-    curves: list[Setting] = []
+    points: list[Setting] = []
     shapes: list[Setting] = []
     for method in methods:
         lam, a = chosen[method]["lam"], chosen[method]["a"]
         base = Setting(dataset, method, lam, a, 0, "test", epochs)
         table += [replace(base, seed=seed) for seed in range(seeds)]
-        if method != "none":
-            points = product(factors, range(min(seeds, few)))
-            curves += [replace(base, lam=round(lam * f, 6), seed=seed) for f, seed in points]
+        if method != "none" and curves:
+            others = product(factors, range(min(seeds, few)))
+            points += [replace(base, lam=round(lam * f, 6), seed=seed) for f, seed in others]
         if method == "integrated_tl1" and paper:
             sweep = product(PAPER_SHAPES, range(seeds))
             shapes += [replace(base, a=shape, seed=seed) for shape, seed in sweep]
-    return Runs(table, curves, shapes)
+    return Runs(table, points, shapes)
