@@ -48,8 +48,8 @@ class Name:
 
     @property
     def turns(self) -> int:
-        """Vectors that a thread loads at a time: csrc/cuda/tiles.h's AT_ONCE, of hot kernels."""
-        return 4 if self.vector == 4 and not STATES[self.rule] else 2
+        """Vectors that a thread takes at a time: csrc/cuda/tiles.h's AT_ONCE."""
+        return 2 if self.vector == 4 and not STATES[self.rule] else 1
 
     @property
     def bytes_per_weight(self) -> int:
@@ -124,11 +124,12 @@ def passes(name: Name, code: Code) -> dict[str, Pass | None]:
     state = STATES[name.rule] * parts
     own_grad = SIZES[name.grad] == SIZES[name.param]
     n = name.turns
-    loads = {"LDG.E.128": (1 + own_grad + state) * n}
+    units = (1 + own_grad + state) * n
+    loads = {"LDGSTS.E.BYPASS.128": units}
     stores = {"STG.E.128": state * n} if state else {}
-    finish = code.around({**loads, "STG.E.128": (1 + state) * n}, ("LDS",))
-    hold = code.around({**loads, **stores, "STS.128": parts * n}, ("LDS",))
-    release = code.around({"STG.E.128": 1, "LDS.128": parts, "LDS": 1}, ("LDG.E.128",))
+    finish = code.around({**loads, "STG.E.128": (1 + state) * n, "LDS.128": units}, ("STS",))
+    hold = code.around({**loads, **stores, "STS.128": parts * n, "LDS.128": units})
+    release = code.around({"STG.E.128": 1, "LDS.128": parts}, ("LDGSTS",))
     return {
         "finish": finish and Pass(finish, n * name.vector),
         "hold": hold and Pass(hold, n * name.vector),

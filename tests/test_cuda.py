@@ -49,8 +49,8 @@ TABLE = [
     ((4096, 4096), None, {"chunk, alone"}, {"chunk, alone"}),
     ((4099,), None, {"chunk, alone", "chunk by weight, alone"}, None),
     ((4096, 2048), 0, {"chunk, alone"}, {"chunk, alone"}),
-    ((4096, 4096), 0, {"chunk, alone"}, {"chunk, alone"}),
-    ((4096, 4100), 0, {"run, alone"}, {"run, alone"}),
+    ((4096, 3584), 0, {"chunk, alone"}, {"chunk, alone"}),
+    ((4096, 3588), 0, {"run, alone"}, {"run, alone"}),
     ((64, 147), 0, {"chunk by weight, alone"}, None),
     ((512, 512, 3, 3), 0, {"run, alone"}, None),
     ((20, 30, 3, 3), "filter_slice", {"chunk by weight, alone"}, None),
@@ -59,10 +59,10 @@ TABLE = [
     ((4096, 4096), 1, {"panel, a team"}, TWO_PANELS),
     ((4096, 4097), 1, {"panel by weight, a team"}, None),
     ((64, 256), 1, {"panel, alone"}, {"panel, alone"}),
-    ((256, 128, 3, 3), 1, {"panel, a team"}, {"panel, a team"}),
+    ((256, 128, 3, 3), 1, {"panel, a team"}, TWO_PANELS),
     ((256, 16, 10, 10), 1, {"run, a team"}, TWO_RUNS),
     ((50_257, 768), 1, {"panel, a team"}, TWO_PANELS),
-    ((64, 64), "layer", {"chunk, alone"}, None),
+    ((56, 64), "layer", {"chunk, alone"}, None),
     ((90, 90), "layer", {"run, alone"}, None),
     ((300, 300), "layer", {"run, a team"}, TWO_RUNS),
     ((4096, 4096), "layer", TWO_RUNS, TWO_RUNS),
@@ -97,14 +97,16 @@ def test_no_block_has_more_than_it_can_hold_and_pieces_have_all(
     _, _, _, _, span, width, lanes, rows, columns, pieces, across, *_ = row
     arithmetic = 8 if vector == 2 else 4
     measure = (40 if vector == 2 else 24) if coupled else arithmetic  # and an outcome's bytes
-    bytes_shared = (plan.parts + plan.outcomes) * measure + plan.waiting * arithmetic
-    assert bytes_shared <= 96 << 10  # of 99 on the smallest GPU; Hopper has room for two
+    bytes_shared = (plan.parts + plan.outcomes) * measure + max(
+        plan.waiting, 2 * plan.piece
+    ) * arithmetic
+    assert bytes_shared <= 67 << 10  # beside the ring, of 99 on the smallest GPU
     shapes = {kind >> 1 & 3 for kind in [*plan.resident[:, 1], *plan.split[:, 1]]}
     assert len(shapes) == 1
-    assert lanes & (lanes - 1) == 0
     assert 0 < lanes <= schedule.THREADS
     items = len(plan.resident) + len(plan.split)
     if shapes == {schedule.CHUNK_SHAPE}:
+        assert lanes & (lanes - 1) == 0
         assert span % width == 0
         assert items == -(-math.prod(sizes) // span)
         return
@@ -118,7 +120,8 @@ def test_no_block_has_more_than_it_can_hold_and_pieces_have_all(
     assert lanes >= 2
     if shapes == {schedule.PANEL_SHAPE}:
         assert span % inner == 0
-        assert span <= min(lanes * vector, schedule.PANEL)
+        assert span <= min(lanes * vector, schedule.WIDE_PANEL)
+        assert span // inner <= schedule.TEAM_GROUPS
 
 
 def test_split_pieces_come_in_an_order_in_which_nobody_waits_for_ever():
@@ -142,14 +145,14 @@ def test_split_pieces_come_in_an_order_in_which_nobody_waits_for_ever():
 def test_the_memory_of_sums_is_a_64th_of_the_weights_at_most():
     for shape, group_by in (((4096, 4096), 1), ((2, 2**22), 0), ((3000, 300, 3, 3), 1)):
         plan = planned([view_of(torch.empty(shape, device="meta"), group_by)], blocks=1)
-        assert 0 < plan.n_partials * schedule.PANEL <= math.prod(shape) / 60
+        assert 0 < plan.n_partials * schedule.TEAM_GROUPS <= math.prod(shape) / 60
 
 
 def test_the_schedule_and_the_kernels_have_the_same_constants():
     source = (Path(__file__).parents[1] / "csrc" / "cuda" / "work.h").read_text()
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", source))
     assert int(constants["THREADS"]) == schedule.THREADS
-    assert int(constants["TEAM_GROUPS"]) == schedule.PANEL
+    assert int(constants["TEAM_GROUPS"]) == schedule.TEAM_GROUPS
     row = re.search(r"struct Row \{(.*?)\n\};", source, re.DOTALL)[1]
     fields = re.sub(r"//.*", "", row).replace("state[MAX_STATES]", "a, b, c")
     columns = sum(line.count(",") + 1 for line in fields.split(";") if "int64_t" in line)
@@ -290,7 +293,7 @@ def test_the_library_for_gpus_loads_beside_any_torch_and_says_what_cuda_says():
         "ops = torch.ops.tl1kernels\n"
         "print(len(ops.cuda_penalty_names().split()))\n"
         "print(ops.cuda_problem(0))\n"
-        "ops.cuda_resident_blocks('float32', 'float32', 'adam', 'tl1', 256, 64, 4096, 0)"
+        "ops.cuda_resident_blocks('float32', 'float32', 'adam', 'tl1', 256, 64, 4096, 0, 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     penalties, problem = done.stdout.splitlines()
@@ -315,7 +318,7 @@ def test_on_hopper_no_kernel_spills_and_hot_ones_are_within_the_budget():
     for name, code in codes.items():
         assert (usage[name].stack, usage[name].local) == (0, 0), name
         assert code.count("LDL") + code.count("STL") == 0, name
-        assert code.count("LDG.E.128") >= 1 + STATES[name.rule], name
+        assert code.count("LDGSTS.E.BYPASS.128") >= 1 + STATES[name.rule], name
         assert code.count("STG.E.128") >= 1, name
     for param in ("float", "BFloat16", "Float16", "StochasticBFloat16"):
         for rule in ("sgd", "sgd_momentum", "adam"):

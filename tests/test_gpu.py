@@ -164,7 +164,7 @@ def test_teams_on_two_streams_at_a_time(backend):
 
 def launches(function):
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         function()
         torch.cuda.synchronize()
     ours = ("prepare_kernel", "resident_kernel", "split_kernel", "tl1::gpu")

@@ -183,6 +183,7 @@ def test_a_model_of_one_dtype_is_three_launches(monkeypatch):
     class Counting:
         def __init__(self, name):
             self.name, self.kernel = name, getattr(kernels, name)
+            self.arg_names = self.kernel.arg_names
 
         def __getitem__(self, grid):
             launched.append(self.name)

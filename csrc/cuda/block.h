@@ -53,15 +53,23 @@ TL1_DEVICE void store_global(const T& x, T* at) {
     asm volatile("st.global.u16 [%0], %1;" :: "l"(to), "h"(static_cast<uint16_t>(raw[0])) : "memory");
   }
 }
-// Begins to bring n > 0 elements to the L2 cache. It goes by 16 bytes from a multiple of 16 on, where a
-// 16-bit gradient of a float32 weight may not begin: then from the one before, which is the tensor's.
-template <class T>
-TL1_DEVICE void prefetch_global(const T* at, int n) {
-#if __CUDA_ARCH__ >= 900
-  const size_t from = __cvta_generic_to_global(at) / 16 * 16;
-  const uint32_t bytes = n * static_cast<uint32_t>(sizeof(T)) / 16 * 16;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory");
-#endif
+// A thread's copies to shared memory, 8 or 16 bytes each. What it asks for until `close_step` is a
+// step; `await_steps` returns when all steps but the last N are there, for this thread to read.
+template <int BYTES>
+TL1_DEVICE void copy_ahead(unsigned char* to, const void* from) {
+  static_assert(BYTES == 8 || BYTES == 16);
+  const uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const size_t at = __cvta_generic_to_global(from);
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(there), "l"(at) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(there), "l"(at) : "memory");
+  }
+}
+TL1_DEVICE void close_step() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+TL1_DEVICE void await_steps() {
+  asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
 TL1_DEVICE int exponent_of(int power_of_two) { return __ffs(power_of_two) - 1; }
 TL1_DEVICE uint32_t product_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }

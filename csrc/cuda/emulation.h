@@ -65,6 +65,16 @@ class Emulation {
   std::vector<Barrier> of_warps, of_blocks;
   std::vector<std::vector<unsigned char>> memory;  // shared, of each block
   std::vector<uint64_t> exchanged;                 // by shuffles, of each fiber
+  struct Copy {
+    unsigned char* to;
+    const void* from;
+    int bytes, step;
+  };
+  struct Copies {
+    std::vector<Copy> under_way;
+    int step = 0;
+  };
+  std::vector<Copies> copies;  // to shared memory, of each fiber
 
  private:
   static constexpr size_t STACK = 128 << 10;
@@ -84,7 +94,7 @@ class Emulation {
   Emulation(int blocks, size_t shared_bytes, const std::function<void()>& kernel)
       : blocks(blocks), of_warps(blocks * THREADS / WARP), of_blocks(blocks),
         memory(blocks, std::vector<unsigned char>(16 + shared_bytes + GUARD)), exchanged(blocks * THREADS),
-        kernel(kernel), fibers(blocks * THREADS),
+        copies(blocks * THREADS), kernel(kernel), fibers(blocks * THREADS),
         stacks(static_cast<unsigned char*>(aligned_alloc(64, blocks * THREADS * STACK))) {
     for (Barrier& barrier : of_warps) barrier.expected = WARP;
     for (Barrier& barrier : of_blocks) barrier.expected = THREADS;
@@ -97,6 +107,7 @@ class Emulation {
 
   static void enter() {
     now->kernel();
+    if (!now->copies[now->current].under_way.empty()) fail("a thread ends before its copies are there");
     now->fibers[now->current].done = true;
     now->progress++;
     now->yield();
@@ -150,9 +161,25 @@ TL1_DEVICE void store_global(const T& x, T* at) {
   Emulation::check_aligned(at);
   *at = x;
 }
-template <class T>
-void prefetch_global(const T*, int n) {
-  if (n <= 0) Emulation::fail("a prefetch of nothing");
+// What is under way is a NaN.
+template <int BYTES>
+void copy_ahead(unsigned char* to, const void* from) {
+  struct alignas(BYTES) Unit { unsigned char bytes[BYTES]; };
+  Emulation::check_aligned(static_cast<const Unit*>(from));
+  Emulation::check_aligned(reinterpret_cast<const Unit*>(to));
+  memset(to, 0xff, BYTES);
+  Emulation::Copies& mine = Emulation::now->copies[Emulation::now->current];
+  mine.under_way.push_back({to, from, BYTES, mine.step});
+}
+inline void close_step() { Emulation::now->copies[Emulation::now->current].step++; }
+template <int N>
+void await_steps() {
+  Emulation::Copies& mine = Emulation::now->copies[Emulation::now->current];
+  std::vector<Emulation::Copy> later;
+  for (const Emulation::Copy& one : mine.under_way) {
+    one.step < mine.step - N ? static_cast<void>(memcpy(one.to, one.from, one.bytes)) : later.push_back(one);
+  }
+  mine.under_way.swap(later);
 }
 TL1_DEVICE int exponent_of(int power_of_two) { return __builtin_ctz(power_of_two); }
 TL1_DEVICE uint32_t product_high(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }

@@ -27,10 +27,14 @@ void kernel(const Work& work) {
 
 }  // namespace
 
-#define TL1_INSTANCE(Prox) reinterpret_cast<Kernel>(&kernel<Config<TL1_T, TL1_G, TL1_RULE, Prox>>)
+template <class C>
+Instance instance() {
+  return {reinterpret_cast<Kernel>(&kernel<C>), C::RING};
+}
+#define TL1_INSTANCE(Prox) instance<Config<TL1_T, TL1_G, TL1_RULE, Prox>>()
 
-Kernel TL1_KERNELS(int variant) {
-  const Kernel all[VARIANTS] = {TL1_INSTANCE(Soft), TL1_INSTANCE(Transformed), TL1_INSTANCE(Others),
+Instance TL1_KERNELS(int variant) {
+  const Instance all[VARIANTS] = {TL1_INSTANCE(Soft), TL1_INSTANCE(Transformed), TL1_INSTANCE(Others),
                                 TL1_INSTANCE(None)};
   return all[variant];
 }

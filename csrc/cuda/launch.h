@@ -13,7 +13,11 @@ namespace tl1::gpu {
 
 // The kernel of one update rule and two stored types; `variant` is one of prepare.h's.
 using Kernel = const void*;
-using KernelOf = Kernel (*)(int variant);
+struct Instance {
+  Kernel kernel;
+  int ring;  // bytes of shared memory that it needs for what is on its way: weights.h
+};
+using InstanceOf = Instance (*)(int variant);
 
 // Where the kernels run: torch's number of a device, and a stream of it.
 struct Place {

@@ -18,7 +18,7 @@
 namespace tl1::gpu {
 
 // One for each object of kernels.cu: CMake passes the list.
-#define TL1_DECLARE(T, G, rule) Kernel kernels_##T##_##G##_##rule(int variant);
+#define TL1_DECLARE(T, G, rule) Instance kernels_##T##_##G##_##rule(int variant);
 TL1_CUDA_KERNELS(TL1_DECLARE)
 
 namespace {
@@ -28,7 +28,7 @@ using torch::stable::Tensor;
 
 struct Compiled {
   const char *dtype, *grad_dtype, *rule;
-  KernelOf kernel;
+  InstanceOf instance;
 };
 #define TL1_COMPILED(T, G, rule) {#T, #G, #rule, kernels_##T##_##G##_##rule},
 constexpr Compiled ALL[] = {TL1_CUDA_KERNELS(TL1_COMPILED)};
@@ -40,7 +40,7 @@ constexpr Variant VARIANT_OF[] = {TL1_PENALTIES(TL1_VARIANT)};
 
 // What is to run, by name.
 struct Chosen {
-  Kernel kernel;
+  Instance instance;
   int rule, penalty, coupled;
   bool wide;
 };
@@ -58,39 +58,37 @@ Chosen choose(const std::string& dtype, const std::string& grad_dtype, const std
                                                 : SOFT;
   for (const Compiled& one : ALL) {
     if (dtype == one.dtype && grad_dtype == one.grad_dtype && rule == one.rule) {
-      chosen.kernel = one.kernel(variant);
+      chosen.instance = one.instance(variant);
     }
   }
-  STD_TORCH_CHECK(chosen.kernel, "no kernel for rule '", rule, "' on ", dtype,
+  STD_TORCH_CHECK(chosen.instance.kernel, "no kernel for rule '", rule, "' on ", dtype,
                   " params with gradients of ", grad_dtype);
   return chosen;
 }
 
 // Where things lie in a block's shared memory (tiles.h has the names), and its size.
 struct Shared {
-  int64_t parts_at, outcomes_at, waiting_at, bytes;
+  int64_t parts_at, outcomes_at, waiting_at, second_at, bytes;
 };
 
 template <class A, bool COUPLED>
-Shared shared_of(int64_t parts, int64_t outcomes, int64_t waiting) {
+Shared shared_of(int64_t ring, int64_t parts, int64_t outcomes, int64_t waiting, int64_t piece) {
   using M = Measure<A, COUPLED>;
   using O = Outcome<A, COUPLED>;
   const auto up = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
   Shared shared;
-  shared.parts_at = up(16 + TEAM_GROUPS * sizeof(M));
+  shared.parts_at = up(RING_AT + ring + TEAM_GROUPS * sizeof(M));
   shared.outcomes_at = up(shared.parts_at + parts * sizeof(M));
   shared.waiting_at = up(shared.outcomes_at + outcomes * sizeof(O));
-  shared.bytes = shared.waiting_at + waiting * sizeof(A);
+  shared.second_at = shared.waiting_at + piece * sizeof(A);
+  shared.bytes = std::max(shared.second_at + piece * sizeof(A), shared.waiting_at + waiting * sizeof(A));
   return shared;
 }
 
-Shared shared_of(const Chosen& c, int64_t parts, int64_t outcomes, int64_t waiting) {
-  if (c.wide) {
-    return c.coupled >= 0 ? shared_of<double, true>(parts, outcomes, waiting)
-                          : shared_of<double, false>(parts, outcomes, waiting);
-  }
-  return c.coupled >= 0 ? shared_of<float, true>(parts, outcomes, waiting)
-                        : shared_of<float, false>(parts, outcomes, waiting);
+Shared shared_of(const Chosen& c, int64_t parts, int64_t outcomes, int64_t waiting, int64_t piece) {
+  const auto of = c.wide ? c.coupled >= 0 ? shared_of<double, true> : shared_of<double, false>
+                         : c.coupled >= 0 ? shared_of<float, true> : shared_of<float, false>;
+  return of(c.instance.ring, parts, outcomes, waiting, piece);
 }
 
 template <class T>
@@ -106,10 +104,10 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
                 const Tensor grad_scale, const Tensor found_inf, const std::string dtype,
                 const std::string grad_dtype, const std::string rule,
                 const std::optional<std::string> penalty, bool maximize, bool nesterov,
-                bool decoupled, int64_t seed, int64_t parts, int64_t outcomes, int64_t waiting, int64_t ahead,
-                int64_t device, int64_t stream) {
+                bool decoupled, int64_t seed, int64_t parts, int64_t outcomes, int64_t waiting,
+                int64_t piece, int64_t device, int64_t stream) {
   const Chosen chosen = choose(dtype, grad_dtype, rule, penalty);
-  const Shared shared = shared_of(chosen, parts, outcomes, waiting);
+  const Shared shared = shared_of(chosen, parts, outcomes, waiting, piece);
   Work work{};
   work.rows = data<const Row>("table", table, ScalarType::Long, ROW_COLUMNS);
   work.n_tensors = table.numel() / ROW_COLUMNS;
@@ -129,30 +127,31 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
   work.n_resident = resident.numel() / ITEM_COLUMNS;
   work.split = data<const Item>("split", split, ScalarType::Int, ITEM_COLUMNS);
   work.n_split = split.numel() / ITEM_COLUMNS;
-  work.ahead = ahead;
   work.parts_at = shared.parts_at;
   work.outcomes_at = shared.outcomes_at;
   work.waiting_at = shared.waiting_at;
+  work.second_at = shared.second_at;
   work.rule = chosen.rule, work.penalty = chosen.penalty, work.coupled = chosen.coupled;
   work.seed = seed;
   work.maximize = maximize, work.nesterov = nesterov, work.decoupled = decoupled;
   const Place place{static_cast<int>(device), reinterpret_cast<void*>(stream)};
   launch_prepare(work, chosen.wide, place);
-  launch_tiles(chosen.kernel, work, shared.bytes, place);
+  launch_tiles(chosen.instance.kernel, work, shared.bytes, place);
 }
 
 // Why no kernel can run on the device; "" if they can. All are compiled for the same GPUs.
 std::string cuda_problem(int64_t device) {
-  return problem_with(ALL[0].kernel(SOFT), static_cast<int>(device));
+  return problem_with(ALL[0].instance(SOFT).kernel, static_cast<int>(device));
 }
 
 // How many blocks, each with so much in shared memory, run at the same time: a team's pieces at most.
 int64_t cuda_resident_blocks(const std::string dtype, const std::string grad_dtype,
                              const std::string rule, const std::optional<std::string> penalty,
-                             int64_t parts, int64_t outcomes, int64_t waiting, int64_t device) {
+                             int64_t parts, int64_t outcomes, int64_t waiting, int64_t piece,
+                             int64_t device) {
   const Chosen chosen = choose(dtype, grad_dtype, rule, penalty);
-  const size_t bytes = shared_of(chosen, parts, outcomes, waiting).bytes;
-  return resident_blocks(chosen.kernel, bytes, static_cast<int>(device));
+  const size_t bytes = shared_of(chosen, parts, outcomes, waiting, piece).bytes;
+  return resident_blocks(chosen.instance.kernel, bytes, static_cast<int>(device));
 }
 
 // The bytes of what kernels leave for each other: a record, a measure, an outcome.
@@ -182,17 +181,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tl1kernels, m) {
   //   resident, split      int32 (items, 4), of cuda_schedule.py
   //   grad_scale, found_inf  float32, one each
   //   seed                 of the dtype "stochastic_bfloat16": bfloat16, rounded so (random.h)
-  //   parts, outcomes, waiting   entries in shared memory
-  //   ahead                bytes that a block brings to the L2 cache before it needs them
+  //   parts, outcomes, waiting, piece   entries in shared memory
   m.def(
       "cuda_step_(Tensor table, Tensor scalars, Tensor(a!) records, Tensor(b!) sync, "
       "Tensor(c!) partials, Tensor(d!) factors, Tensor resident, Tensor split, Tensor grad_scale, "
       "Tensor found_inf, str dtype, str grad_dtype, str rule, str? penalty, bool maximize, "
-      "bool nesterov, bool decoupled, int seed, int parts, int outcomes, int waiting, int ahead, "
+      "bool nesterov, bool decoupled, int seed, int parts, int outcomes, int waiting, int piece, "
       "int device, int stream) -> ()");
   m.def(
       "cuda_resident_blocks(str dtype, str grad_dtype, str rule, str? penalty, int parts, "
-      "int outcomes, int waiting, int device) -> int");
+      "int outcomes, int waiting, int piece, int device) -> int");
   m.def("cuda_sizes(bool wide, bool coupled) -> int[]");
   m.def("cuda_problem(int device) -> str");
   m.def("cuda_scalar_names() -> str");

@@ -6,59 +6,9 @@
 
 #pragma once
 
-#include "groups.h"
-#include "variants.h"
-#include "walk.h"
+#include "weights.h"
 
 namespace tl1::gpu {
-
-// One instance of the kernel. T: of the parameter; G: of the gradient, and of the copy where it is
-// not T; Rule, Prox: of update_rules.h, penalties.h; Prox is `None` for a penalty of whole groups.
-template <class T_, class G_, template <class> class Rule_, template <class> class Prox_>
-struct Config {
-  using T = T_;
-  using G = G_;
-  using A = Arithmetic<T>;
-  using Rule = Rule_<A>;
-  using Prox = typename ForStored<Prox_<A>, T>::type;
-  static constexpr int STATES = Rule::STATES;
-  static constexpr int VECTOR = 16 / sizeof(T);
-  static constexpr bool COPIES = sizeof(T) != sizeof(G);
-  static constexpr bool COUPLED = Prox::COUPLED;
-  static constexpr bool STOCHASTIC = IS_STOCHASTIC<T>;
-  // Blocks of a multiprocessor, and turns whose loads are under way at a time: as registers allow.
-  static constexpr bool LARGE =
-      sizeof(A) == 8 || (VECTOR == 8 && (COUPLED || (Prox::MANY && STATES > 0)));
-  static constexpr bool WIDE = VECTOR == 8;
-  static constexpr int BLOCKS = LARGE ? 2 : WIDE && (STATES > 0 || Prox::MANY) ? 3 : 4;
-  static constexpr int AT_ONCE = LARGE || COPIES || STATES > 2 ? 1 : VECTOR == 4 && STATES == 0 ? 4 : 2;
-  static constexpr bool PLAIN = STATES < 2;  // Adam's bytes leave time for what is left out there
-  static_assert(sizeof(Rule) <= RULE_BYTES && sizeof(Prox) <= PROX_BYTES);
-  static_assert(RULE_BYTES + PROX_BYTES + sizeof(Common<A>) <= RECORD_BYTES);
-};
-
-// N neighbours in memory, in accesses of up to 16 bytes.
-template <class T, int N>
-struct Pack {
-  static constexpr int BYTES = N * sizeof(T);
-  struct alignas(BYTES < 16 ? BYTES : 16) Part {
-    T x[BYTES < 16 ? N : 16 / sizeof(T)];
-  };
-  static constexpr int IN_PART = sizeof(Part) / sizeof(T), PARTS = N / IN_PART;
-  Part part[PARTS];
-
-  TL1_DEVICE T& operator[](int i) { return part[i / IN_PART].x[i % IN_PART]; }
-  TL1_DEVICE void from(const T* at) {
-    _Pragma("unroll") for (int i = 0; i < PARTS; i++) {
-      load_global(part[i], reinterpret_cast<const Part*>(at) + i);
-    }
-  }
-  TL1_DEVICE void to(T* at) const {
-    _Pragma("unroll") for (int i = 0; i < PARTS; i++) {
-      store_global(part[i], reinterpret_cast<Part*>(at) + i);
-    }
-  }
-};
 
 template <class C>
 class Block {
@@ -69,8 +19,12 @@ class Block {
   using O = Outcome<A, C::COUPLED>;
   static constexpr int N = C::VECTOR;
   using Walk = gpu::Walk<N>;
+  using Job = gpu::Job<C>;
+  using Weights = gpu::Weights<C>;
   using Wait = typename Pack<A, N>::Part;  // 16 bytes of values in shared memory
   static constexpr int IN_WAIT = Pack<A, N>::IN_PART;
+
+  static_assert(TEAM_GROUPS <= THREADS);  // a thread for each of a team's groups
 
   const Work& work;
 
@@ -78,42 +32,63 @@ class Block {
   template <class X>
   static TL1_DEVICE X* there(int64_t bytes) { return reinterpret_cast<X*>(shared() + bytes); }
   TL1_DEVICE int32_t* slot() const { return there<int32_t>(0); }  // a number for all threads
+  TL1_DEVICE Ring<C> ring() const { return Ring<C>(there<unsigned char>(RING_AT)); }
   // What a team's member has measured, for the others.
-  TL1_DEVICE M* own() const { return there<M>(16); }
+  TL1_DEVICE M* own() const { return there<M>(RING_AT + C::RING); }
   // Of a chunk's vectors, or of a member's threads; then of its groups; then a member's values.
   TL1_DEVICE M* parts() const { return there<M>(work.parts_at); }
   TL1_DEVICE O* outcomes() const { return there<O>(work.outcomes_at); }
-  TL1_DEVICE Wait* waiting() const { return there<Wait>(work.waiting_at); }
+  // Two of the values of pieces of teams, in turn; or one of an item that nobody else has a part of.
+  TL1_DEVICE Wait* waiting(bool second) const {
+    return there<Wait>(second ? work.second_at : work.waiting_at);
+  }
 
   // What the block takes next: of `split`, by tickets, as long as there are any; then of `resident`.
   int place = work.n_split ? -1 : block();
 
-  // The tensor at hand.
-  const Row* row;
-  T* param;
-  const G* grad;
-  A* state[MAX_STATES];
-  G* copy;
-  const unsigned char* record;
+  // What the block takes next. Registers have no room for all of a second job.
+  struct Soon {
+    bool there;
+    Item it;
+    Cursor ahead;  // what is asked for next
 
-  // Its record, of which the compiler keeps in registers what is used.
+    TL1_DEVICE bool ready() const { return it.phase() == Phase::held; }  // for its weights to be read
+  };
+  // Of several blocks, which wait for each other.
+  TL1_DEVICE bool in_team(const Item& it) const {
+    return it.phase() == Phase::held && work.rows[it.tensor].pieces > 1;
+  }
+
+  // A tensor's record, of which the compiler keeps in registers what is used.
   struct Numbers : Common<A> {
     typename C::Rule rule;
     typename C::Prox prox;
   };
-  TL1_DEVICE Numbers numbers() const {
-    return {*reinterpret_cast<const Common<A>*>(record + RULE_BYTES + PROX_BYTES),
-            *reinterpret_cast<const typename C::Rule*>(record),
-            *reinterpret_cast<const typename C::Prox*>(record + RULE_BYTES)};
+  static TL1_DEVICE Numbers numbers(const Job& job) {
+    return {*reinterpret_cast<const Common<A>*>(job.record + RULE_BYTES + PROX_BYTES),
+            *reinterpret_cast<const typename C::Rule*>(job.record),
+            *reinterpret_cast<const typename C::Prox*>(job.record + RULE_BYTES)};
   }
 
  public:
   TL1_DEVICE explicit Block(const Work& work) : work(work) {}
 
+  // A block of a team goes on to its next item before it waits for the others; the values of both wait
+  // in shared memory. Nobody waits for ever: whatever a block waits for was begun before what it holds.
   TL1_DEVICE void run() {
     if (*work.found_inf != 0) return;
-    Item it;
-    while (next(it)) item(it);
+    Soon soon;
+    look_ahead(soon);
+    int held = -1;  // its place in `resident`
+    bool second = false;
+    while (soon.there || held >= 0) {
+      const bool teams = soon.there && in_team(soon.it), goes_on = soon.there && (teams || held < 0);
+      const int at = place - blocks();
+      if (goes_on) soon.it.vectors() ? passes<true>(soon, teams && second) : passes<false>(soon, teams && second);
+      if (held >= 0) finish_held(held, !second);
+      held = goes_on && teams ? at : -1;
+      if (held >= 0) second = !second;
+    }
   }
 
  private:
@@ -137,105 +112,51 @@ class Block {
     return true;
   }
 
-  // Has one warp bring what the block takes next to the L2 cache: while threads wait for each other,
-  // memory shall have something to do.
-  TL1_DEVICE void prefetch() const {
-    if (thread() < THREADS - WARP || !work.ahead) return;
-    if (place < 0 || place >= work.n_resident) return;
-    const Item it = work.resident[place];
-    if (!it.vectors()) return;
-    const Row& soon = work.rows[it.tensor];
-    const Part part(soon, it);
-    constexpr int BYTES = sizeof(T) + sizeof(G) + C::STATES * sizeof(A);  // of a weight
-    const int most = static_cast<int>(work.ahead) / BYTES / 64 * 64;
-    const int n = smaller(part.columns - part.column, most);
-    const int rows = part.rows - part.row;
-    const int end = part.row + (rows == 1 ? rows : smaller(rows, most / n));
-    for (int r = part.row + thread() % WARP; r < end; r += WARP) {
-      const int64_t offset = part.first + r * part.width + part.column;
-      prefetch_global(reinterpret_cast<const T*>(soon.param) + offset, n);
-      prefetch_global(reinterpret_cast<const G*>(soon.grad) + offset, n);
-      for (int k = 0; k < C::STATES; k++) {
-        prefetch_global(reinterpret_cast<const A*>(soon.state[k]) + offset, n);
-      }
-    }
+  // What the block takes next; its first weights are asked for.
+  TL1_DEVICE void look_ahead(Soon& soon) {
+    soon.there = next(soon.it);
+    if (soon.there && soon.it.vectors() && soon.ready()) ring().ask_first(Job(work, soon.it), soon.ahead);
   }
 
-  TL1_DEVICE void item(const Item& it) {
-    row = work.rows + it.tensor;
-    record = work.records + it.tensor * RECORD_BYTES;
-    param = reinterpret_cast<T*>(row->param);
-    grad = reinterpret_cast<const G*>(row->grad);
-    copy = reinterpret_cast<G*>(row->copy);
-    for (int k = 0; k < C::STATES; k++) state[k] = reinterpret_cast<A*>(row->state[k]);
-    it.vectors() ? passes<true>(it) : passes<false>(it);
-  }
-
+  // All of an item, but for what a team's piece does when all others have measured theirs.
   template <bool VECTORS>
-  TL1_DEVICE void passes(const Item& it) {
-    const Shape shape = it.shape();
-    const Phase phase = it.phase();
-    const Walk w(*row, Part(*row, it), shape, VECTORS);
-    const bool measures = w.groups && phase != Phase::second;
-    if (measures) measure<VECTORS>(w, shape, phase == Phase::held);
-    // Not before: the blocks of teams come to their barriers at about the same time.
-    prefetch();
-    if (!measures) {
-      if (phase == Phase::second) fetch_outcomes(it, w.groups);
-      finish<VECTORS>(w, shape);
-    } else {
+  TL1_DEVICE void passes(Soon& soon, bool second) {
+    const Job job(work, soon.it);
+    const Shape shape = job.it.shape();
+    const Phase phase = job.it.phase();
+    const int groups = job.walk.groups;
+    const bool measures = groups && phase != Phase::second;
+    if (phase == Phase::second) fetch_outcomes(job);
+    if (VECTORS && !soon.ready()) ring().ask_first(job, soon.ahead);
+    measures ? measure<VECTORS>(job, soon.ahead, second) : finish<VECTORS>(job, soon.ahead);
+    look_ahead(soon);
+    if (measures) {
+      gather(job);
       if (shape == Shape::chunk) {
-        of_chunk(static_cast<int>(row->width) / (VECTORS ? N : 1), w.groups);
-      } else if (phase == Phase::held && row->pieces == 1) {
-        of_one(w.groups);
+        of_chunk(job, VECTORS ? N : 1);
+        release_chunk<VECTORS>(job);
+      } else if (phase == Phase::held && job.row->pieces == 1) {
+        of_one(job);
+        release<VECTORS>(job, false);
       } else {
-        leave(it, w.groups);
-        if (phase == Phase::held) {
-          wait_for_all(it);
-          sum_up(it, w.groups);
-        } else if (last_of(it)) {
-          sum_up(it, w.groups);
-          publish(it, w.groups);
+        leave(job);
+        if (last_of(job)) {
+          sum_up(job);
+          publish(job);
         }
       }
-      if (phase == Phase::held) release<VECTORS>(w, shape);
     }
-    if (w.groups) sync();  // the others have read what is here
+    if (groups) sync();  // the others have read what is here
   }
 
-  // --- N weights of a thread, the first at `offset` of the tensor.
-
-  struct Weights {
-    Pack<T, N> p;
-    Pack<G, N> g;
-    Pack<A, N> s[C::STATES ? C::STATES : 1];
-  };
-
-  // Calls each(k) for those of the N that are there: of vectors all are.
-  template <bool VECTORS, class Each>
-  static TL1_DEVICE void for_each(const Walk& walk, const Cursor& at, Each each) {
-    _Pragma("unroll") for (int k = 0; k < N; k++) {
-      if (VECTORS || at.column + k * walk.apart < walk.columns) each(k);
-    }
+  TL1_DEVICE void finish_held(int place, bool second) {
+    const Job job(work, work.resident[place]);
+    fetch_outcomes(job);
+    job.it.vectors() ? release<true>(job, second) : release<false>(job, second);
+    sync();
   }
 
-  template <bool VECTORS>
-  TL1_DEVICE void fetch(Weights& w, const Walk& walk, const Cursor& at) const {
-    if constexpr (VECTORS) {
-      w.p.from(param + at.offset);
-      w.g.from(grad + at.offset);
-      _Pragma("unroll") for (int s = 0; s < C::STATES; s++) w.s[s].from(state[s] + at.offset);
-    } else {
-      for_each<VECTORS>(walk, at, [&](int k) {
-        const int64_t offset = at.offset + k * walk.apart;
-        load_global(w.p[k], param + offset);
-        load_global(w.g[k], grad + offset);
-        _Pragma("unroll") for (int s = 0; s < C::STATES; s++) {
-          load_global(w.s[s][k], state[s] + offset);
-        }
-      });
-    }
-  }
+  // --- N weights of a thread.
 
   // t = the threshold of the updated weights; the state takes its next values.
   TL1_DEVICE void advance(Weights& w, const Numbers& c, bool plain, A (&t)[N]) const {
@@ -267,13 +188,13 @@ class Block {
   }
 
   template <bool VECTORS>
-  TL1_DEVICE void write_state(Weights& w, const Walk& walk, const Cursor& at) const {
+  TL1_DEVICE void write_state(Weights& w, const Job& job, const Cursor& at) const {
     if constexpr (VECTORS) {
-      _Pragma("unroll") for (int s = 0; s < C::STATES; s++) w.s[s].to(state[s] + at.offset);
+      _Pragma("unroll") for (int s = 0; s < C::STATES; s++) w.s[s].to(job.state[s] + at.offset);
     } else if (C::STATES) {
-      for_each<VECTORS>(walk, at, [&](int k) {
+      job.walk.template for_each<VECTORS>(at, [&](int k) {
         _Pragma("unroll") for (int s = 0; s < C::STATES; s++) {
-          store_global(w.s[s][k], state[s] + at.offset + k * walk.apart);
+          store_global(w.s[s][k], job.state[s] + at.offset + k * job.walk.apart);
         }
       });
     }
@@ -295,58 +216,55 @@ class Block {
     if constexpr (VECTORS) {
       rounded.to(to + at.offset);
     } else {
-      for_each<VECTORS>(walk, at, [&](int k) { store_global(rounded[k], to + at.offset + k * walk.apart); });
+      walk.template for_each<VECTORS>(at, [&](int k) { store_global(rounded[k], to + at.offset + k * walk.apart); });
     }
   }
 
   // --- The passes.
 
-  // Calls each(at), which goes on to a next turn, until a thread has taken all of its turns.
-  template <class Each>
-  static TL1_DEVICE void for_turns(const Walk& walk, Each each) {
-    _Pragma("unroll 1") for (int run = 0; run < walk.runs; run++) {
-      Cursor at{walk.offset + run * walk.jump, walk.column};
-      _Pragma("unroll 1") while (at.turn < walk.turns) each(at);
-    }
-  }
-  static TL1_DEVICE void next_turn(const Walk& walk, Cursor& at) {
-    at.offset += walk.stride;
-    at.column += walk.aside;
-    at.turn++;
-  }
-
   // Calls each(t, at) with the thresholds of the updated weights of all turns. `writes`: the state's
   // next values too.
   template <bool VECTORS, class Each>
-  TL1_DEVICE void for_thresholds(const Walk& walk, const Numbers& c, bool writes, Each each) const {
+  TL1_DEVICE void for_thresholds(const Job& job, Cursor& ahead, const Numbers& c, bool writes,
+                                 Each each) const {
     constexpr int AT_ONCE = VECTORS ? C::AT_ONCE : 1;
     const bool plain = c.rule.plain();
-    for_turns(walk, [&](Cursor& at) {
+    Cursor at(job.walk);
+    int turn = 0;  // in the ring
+    _Pragma("unroll 1") while (at.there()) {
       Weights w[AT_ONCE];
-      Cursor ahead = at;
-      _Pragma("unroll") for (int j = 0; j < AT_ONCE; j++) {
-        if (j == 0 || ahead.turn < walk.turns) fetch<VECTORS>(w[j], walk, ahead);
-        next_turn(walk, ahead);
+      if constexpr (VECTORS) {
+        ring().await();
+        _Pragma("unroll") for (int j = 0; j < AT_ONCE; j++) ring().take(w[j], turn + j);
+      } else {
+        job.fetch(w[0], at);
       }
       _Pragma("unroll") for (int j = 0; j < AT_ONCE; j++) {
-        if (j == 0 || at.turn < walk.turns) {
+        if (j == 0 || at.there()) {
           A t[N];
           advance(w[j], c, plain, t);
-          if (writes) write_state<VECTORS>(w[j], walk, at);
+          if (writes) write_state<VECTORS>(w[j], job, at);
           each(t, at);
+          at.next(job.walk);
         }
-        next_turn(walk, at);
       }
-    });
+      if constexpr (VECTORS) {
+        ring().ask(job, ahead, turn);
+        turn = ring().after(turn);
+      }
+    }
   }
 
   template <bool VECTORS>
-  TL1_DEVICE void measure(const Walk& walk, Shape shape, bool holds) const {
-    const Numbers c = numbers();
+  TL1_DEVICE void measure(const Job& job, Cursor& ahead, bool second) const {
+    const Numbers c = numbers(job);
+    const Walk& walk = job.walk;
+    const Shape shape = job.it.shape();
+    const bool holds = job.it.phase() == Phase::held;
     M m[N];
     for (int k = 0; k < N; k++) m[k] = M{};
-    Wait* wait = waiting() + thread();
-    for_thresholds<VECTORS>(walk, c, holds, [&](A (&t)[N], const Cursor& at) {
+    Wait* wait = waiting(second) + thread();
+    for_thresholds<VECTORS>(job, ahead, c, holds, [&](A (&t)[N], const Cursor& at) {
       if (holds) {
         _Pragma("unroll") for (int k = 0; k < N; k += IN_WAIT) {
           Wait part;
@@ -358,34 +276,34 @@ class Block {
       !C::COUPLED && c.unit == 1 ? add<VECTORS, true>(m, t, walk, at, shape, c)
                                  : add<VECTORS, false>(m, t, walk, at, shape, c);
     });
-    gather(m, walk, shape);
+    put_down(m, job);
   }
 
   template <bool VECTORS>
-  TL1_DEVICE void finish(const Walk& walk, Shape shape) const {
-    const Numbers c = numbers();
-    const Own own(*this, walk);
-    for_thresholds<VECTORS>(walk, c, true, [&](A (&t)[N], const Cursor& at) {
-      if (walk.groups) apply<VECTORS>(t, own, walk, at);
-      write_all<VECTORS>(t, walk, at, c);
+  TL1_DEVICE void finish(const Job& job, Cursor& ahead) const {
+    const Numbers c = numbers(job);
+    const Own own(*this, job.walk);
+    for_thresholds<VECTORS>(job, ahead, c, true, [&](A (&t)[N], const Cursor& at) {
+      if (job.walk.groups) apply<VECTORS>(t, own, job.walk, at);
+      write_all<VECTORS>(t, job, at, c);
     });
   }
 
   // Those that wait in shared memory become what the outcomes of their groups say.
   template <bool VECTORS>
-  TL1_DEVICE void release(const Walk& walk, Shape shape) const {
-    if (shape == Shape::chunk) {
-      release<VECTORS>(walk, [&](A (&t)[N], const Cursor& at) { of_group<VECTORS>(t, walk, at); });
-    } else {
-      const Own own(*this, walk);
-      release<VECTORS>(walk, [&](A (&t)[N], const Cursor& at) { apply<VECTORS>(t, own, walk, at); });
-    }
+  TL1_DEVICE void release_chunk(const Job& job) const {
+    release<VECTORS>(job, waiting(false), [&](A (&t)[N], const Cursor& at) { of_group<VECTORS>(t, job.walk, at); });
+  }
+  template <bool VECTORS>
+  TL1_DEVICE void release(const Job& job, bool second) const {
+    const Own own(*this, job.walk);
+    release<VECTORS>(job, waiting(second), [&](A (&t)[N], const Cursor& at) { apply<VECTORS>(t, own, job.walk, at); });
   }
   template <bool VECTORS, class Apply>
-  TL1_DEVICE void release(const Walk& walk, Apply apply) const {
-    const Common<A> c = numbers();
-    const Wait* wait = waiting() + thread();
-    for_turns(walk, [&](Cursor& at) {
+  TL1_DEVICE void release(const Job& job, const Wait* wait, Apply apply) const {
+    const Common<A> c = numbers(job);
+    wait += thread();
+    _Pragma("unroll 1") for (Cursor at(job.walk); at.there(); at.next(job.walk)) {
       A t[N];
       _Pragma("unroll") for (int k = 0; k < N; k += IN_WAIT) {
         const Wait part = wait[k / IN_WAIT * THREADS];
@@ -393,9 +311,8 @@ class Block {
       }
       wait += N / IN_WAIT * THREADS;
       apply(t, at);
-      write_all<VECTORS>(t, walk, at, c);
-      next_turn(walk, at);
-    });
+      write_all<VECTORS>(t, job, at, c);
+    }
   }
 
   // A chunk's weights are added up by vector, in `parts`; a run's and a panel's by column.
@@ -403,13 +320,13 @@ class Block {
   TL1_DEVICE void add(M (&m)[N], const A (&t)[N], const Walk& walk, const Cursor& at, Shape shape,
                       const Numbers& c) const {
     if (shape != Shape::chunk) {
-      for_each<VECTORS>(walk, at, [&](int k) { m[k].template add<IN_UNIT_1>(t[k], at.offset + k * walk.apart, c); });
+      walk.template for_each<VECTORS>(at, [&](int k) { m[k].template add<IN_UNIT_1>(t[k], at.offset + k * walk.apart, c); });
     } else if constexpr (VECTORS) {
       M of_vector{};
-      for_each<VECTORS>(walk, at, [&](int k) { of_vector.template add<IN_UNIT_1>(t[k], at.offset + k, c); });
-      parts()[at.column / N] = of_vector;
+      walk.template for_each<VECTORS>(at, [&](int k) { of_vector.template add<IN_UNIT_1>(t[k], at.offset + k, c); });
+      parts()[static_cast<unsigned>(at.column) / N] = of_vector;
     } else {
-      for_each<VECTORS>(walk, at, [&](int k) {
+      walk.template for_each<VECTORS>(at, [&](int k) {
         M of_weight{};
         of_weight.template add<IN_UNIT_1>(t[k], at.offset + k * walk.apart, c);
         parts()[at.column + k * walk.apart] = of_weight;
@@ -450,43 +367,50 @@ class Block {
   }
   template <bool VECTORS>
   TL1_DEVICE void of_groups(A (&t)[N], const Walk& walk, const Cursor& at) const {
-    for_each<VECTORS>(walk, at, [&](int k) {
+    walk.template for_each<VECTORS>(at, [&](int k) {
       const O outcome = outcomes()[walk.group_of(at.column + k * walk.apart)];
       t[k] = outcome.of_weight(t[k], at.offset + k * walk.apart);
     });
   }
 
   template <bool VECTORS>
-  TL1_DEVICE void write_all(const A (&w)[N], const Walk& walk, const Cursor& at,
-                            const Common<A>& c) const {
-    write<VECTORS>(param, w, walk, at, c);
-    if constexpr (C::COPIES) write<VECTORS>(copy, w, walk, at, c);
+  TL1_DEVICE void write_all(const A (&w)[N], const Job& job, const Cursor& at, const Common<A>& c) const {
+    write<VECTORS>(job.param, w, job.walk, at, c);
+    if constexpr (C::COPIES) write<VECTORS>(job.copy, w, job.walk, at, c);
   }
 
   // --- What the groups come to.
 
-  // The threads' sums of a team's member, into `own`.
-  TL1_DEVICE void gather(M (&m)[N], const Walk& walk, Shape shape) const {
-    if (shape == Shape::run) {
+  // The threads' sums of a run's or a panel's member, into `parts`: registers are few.
+  TL1_DEVICE void put_down(M (&m)[N], const Job& job) const {
+    const Walk& walk = job.walk;
+    if (job.it.shape() == Shape::run) {
       for (int k = 1; k < N; k++) m[0].merge(m[k]);
       _Pragma("unroll 1") for (int other = WARP / 2; other; other /= 2) {
         m[0].merge(m[0].across(other));
       }
       if (thread() % WARP == 0) parts()[thread() / WARP] = m[0];
-      sync();
-      if (thread() == 0) {
-        _Pragma("unroll 1") for (int warp = 1; warp < THREADS / WARP; warp++) {
-          m[0].merge(parts()[warp]);
-        }
-        own()[0] = m[0];
-      }
-    } else if (shape == Shape::panel) {
+    } else if (job.it.shape() == Shape::panel) {
       // A row of `parts` for each row of threads: the columns' sums.
-      const int columns = walk.lanes * N, inner = static_cast<int>(row->inner);
-      M* const mine = parts() + (thread() >> exponent_of(walk.lanes)) * columns + walk.column;
-      _Pragma("unroll") for (int k = 0; k < N; k++) mine[k * walk.apart] = m[k];
-      sync();
-      for (int group = thread(); group < walk.groups; group += THREADS) {
+      M* const mine = parts() + walk.down * walk.lanes * N + walk.column;
+      _Pragma("unroll") for (int k = 0; k < N; k++) {
+        if (walk.down < walk.step) mine[k * walk.apart] = m[k];
+      }
+    }
+  }
+  // From there, into `own`.
+  TL1_DEVICE void gather(const Job& job) const {
+    const Walk& walk = job.walk;
+    sync();
+    if (job.it.shape() == Shape::run) {
+      if (thread() == 0) {
+        M all = parts()[0];
+        _Pragma("unroll 1") for (int warp = 1; warp < THREADS / WARP; warp++) all.merge(parts()[warp]);
+        own()[0] = all;
+      }
+    } else if (job.it.shape() == Shape::panel) {
+      const int columns = walk.lanes * N, inner = static_cast<int>(job.row->inner);
+      if (const int group = thread(); group < walk.groups) {
         M all{};
         for (int column = group * inner; column < (group + 1) * inner; column++) {
           _Pragma("unroll 4") for (int r = 0; r < walk.step; r++) all.merge(parts()[r * columns + column]);
@@ -497,9 +421,11 @@ class Block {
     sync();
   }
 
-  TL1_DEVICE void of_chunk(int in_group, int groups) const {
-    const Numbers c = numbers();
-    const int lanes = static_cast<int>(row->lanes), lane = thread() & (lanes - 1);
+  // `unit`: weights that one of `parts` is the sum of.
+  TL1_DEVICE void of_chunk(const Job& job, int unit) const {
+    const Numbers c = numbers(job);
+    const int groups = job.walk.groups, in_group = static_cast<int>(job.row->width) / unit;
+    const int lanes = static_cast<int>(job.row->lanes), lane = thread() & (lanes - 1);
     const int shift = exponent_of(lanes);
     _Pragma("unroll 1") for (int first = 0; first < groups; first += THREADS >> shift) {
       const int group = first + (thread() >> shift);
@@ -514,9 +440,9 @@ class Block {
     sync();
   }
 
-  TL1_DEVICE void of_one(int groups) const {
-    const Numbers c = numbers();
-    for (int group = thread(); group < groups; group += THREADS) {
+  TL1_DEVICE void of_one(const Job& job) const {
+    const Numbers c = numbers(job);
+    if (const int group = thread(); group < job.walk.groups) {
       outcomes()[group] = O::of(own()[group], c);
     }
     sync();
@@ -524,52 +450,44 @@ class Block {
 
   // --- Teams of several blocks.
 
-  TL1_DEVICE int64_t team(const Item& it) const { return row->teams + it.team; }
-  TL1_DEVICE int32_t* arrivals(const Item& it) const { return work.sync + 1 + team(it); }
-  TL1_DEVICE int32_t* are_there(const Item& it) const { return arrivals(it) + work.n_teams; }
-  TL1_DEVICE O* factors(const Item& it) const {
-    return reinterpret_cast<O*>(work.factors) + team(it) * TEAM_GROUPS;
+  TL1_DEVICE int64_t team(const Job& job) const { return job.row->teams + job.it.team; }
+  TL1_DEVICE int32_t* arrivals(const Job& job) const { return work.sync + 1 + team(job); }
+  TL1_DEVICE int32_t* are_there(const Job& job) const { return arrivals(job) + work.n_teams; }
+  TL1_DEVICE O* factors(const Job& job) const {
+    return reinterpret_cast<O*>(work.factors) + team(job) * TEAM_GROUPS;
   }
-  TL1_DEVICE M* partials(const Item& it, int64_t piece) const {
+  TL1_DEVICE M* partials(const Job& job, int64_t piece) const {
     return reinterpret_cast<M*>(work.partials) +
-           (row->partials + it.team * row->pieces + piece) * TEAM_GROUPS;
+           (job.row->partials + job.it.team * job.row->pieces + piece) * TEAM_GROUPS;
   }
 
-  TL1_DEVICE void leave(const Item& it, int groups) const {
-    M* const mine = partials(it, it.piece);
-    for (int group = thread(); group < groups; group += THREADS) mine[group] = own()[group];
+  TL1_DEVICE void leave(const Job& job) const {
+    M* const mine = partials(job, job.it.piece);
+    if (const int group = thread(); group < job.walk.groups) mine[group] = own()[group];
   }
 
   // Whether this is the last of a team's pieces; it then sees what the others have left.
-  TL1_DEVICE bool last_of(const Item& it) const {
+  TL1_DEVICE bool last_of(const Job& job) const {
     sync();
-    if (thread() == 0) *slot() = arrive(arrivals(it));
+    if (thread() == 0) *slot() = arrive(arrivals(job));
     sync();
-    const bool last = *slot() == row->pieces - 1;
+    const bool last = *slot() == job.row->pieces - 1;
     sync();
     return last;
   }
 
-  // Returns when all of a team's pieces have left what they have measured.
-  TL1_DEVICE void wait_for_all(const Item& it) const {
-    sync();
-    if (thread() == 0) {
-      arrive(arrivals(it));
-      await(arrivals(it), static_cast<int>(row->pieces));
-    }
-    sync();
-  }
-
   // The outcomes of what all pieces of a team have left.
-  TL1_DEVICE void sum_up(const Item& it, int groups) const {
-    const Numbers c = numbers();
+  TL1_DEVICE void sum_up(const Job& job) const {
+    const Numbers c = numbers(job);
+    const int groups = job.walk.groups;
     int side = 1;
     while (side < groups) side *= 2;
     const int group = thread() & (side - 1), shift = exponent_of(side), rows = THREADS >> shift;
-    const int pieces = group < groups ? static_cast<int>(row->pieces) : 0;
-    const M* const left = partials(it, 0);
+    const int pieces = group < groups ? static_cast<int>(job.row->pieces) : 0;
+    const M* const left = partials(job, 0);
     M m{};
-    _Pragma("unroll 4") for (int piece = thread() >> shift; piece < pieces; piece += rows) {
+    // Many loads under way: all of the team waits.
+    _Pragma("unroll 16") for (int piece = thread() >> shift; piece < pieces; piece += rows) {
       m.merge(from_others(left + piece * TEAM_GROUPS + group));
     }
     parts()[thread()] = m;
@@ -582,19 +500,19 @@ class Block {
     sync();
   }
 
-  // For the second pass of a team's pieces.
-  TL1_DEVICE void publish(const Item& it, int groups) const {
-    O* const to = factors(it);
-    for (int group = thread(); group < groups; group += THREADS) to[group] = outcomes()[group];
+  // For what a team's pieces do next.
+  TL1_DEVICE void publish(const Job& job) const {
+    O* const to = factors(job);
+    if (const int group = thread(); group < job.walk.groups) to[group] = outcomes()[group];
     sync();
-    if (thread() == 0) announce(are_there(it));
+    if (thread() == 0) announce(are_there(job));
   }
 
-  TL1_DEVICE void fetch_outcomes(const Item& it, int groups) const {
-    if (thread() == 0) await(are_there(it), 1);
+  TL1_DEVICE void fetch_outcomes(const Job& job) const {
+    if (thread() == 0) await(are_there(job), 1);
     sync();
-    const O* const from = factors(it);
-    for (int group = thread(); group < groups; group += THREADS) {
+    const O* const from = factors(job);
+    if (const int group = thread(); group < job.walk.groups) {
       outcomes()[group] = from_others(from + group);
     }
     sync();

@@ -44,17 +44,42 @@ struct Part {
   }
 };
 
+template <int N>
+struct Walk;
+
+// Goes from turn to turn.
+struct Cursor {
+  int64_t offset;
+  int column, turn, left;
+
+  Cursor() = default;
+  template <int N>
+  TL1_DEVICE explicit Cursor(const Walk<N>& walk)
+      : offset(walk.offset), column(walk.column), turn(0), left(walk.turns * walk.runs) {}
+
+  TL1_DEVICE bool there() const { return left > 0; }
+  template <int N>
+  TL1_DEVICE void next(const Walk<N>& walk) {
+    left--;
+    const bool turns_back = ++turn == walk.turns;
+    offset += turns_back ? walk.back : walk.stride;
+    column = turns_back ? walk.column : column + walk.aside;
+    turn = turns_back ? 0 : turn;
+  }
+};
+
 // A thread takes N weights of a row at a time: neighbours, in one access of 16 bytes; or, where
 // addresses or lengths do not allow that, every `lanes`-th. It takes them in `turns` turns, `stride`
-// apart, and that `runs` times.
+// apart, and that `runs` times, `back` from the last turn to the first of the next.
 template <int N>
 struct Walk {
   int64_t offset;  // of the thread's first weight, counted from the tensor's
-  int64_t stride, jump;
+  int64_t stride, back;
   int turns, runs;
   int column, columns;  // the first weight's, in the item
   int aside;            // columns from turn to turn: 0 where it goes down
-  int lanes, step;      // threads side by side, rows of them
+  int lanes, step;      // threads side by side, rows of them; some threads may be left over
+  int down;             // the thread's row of threads
   int apart;            // from one of the N to the next: 1, or `lanes`, which is more
   int groups;           // of the item
   uint32_t inverse;     // 2^31 over the weights of a group, rounded up; 0 for one group
@@ -63,31 +88,36 @@ struct Walk {
       : columns(part.columns), groups(part.groups) {
     lanes = shape == Shape::chunk ? THREADS : static_cast<int>(tensor.lanes);
     inverse = groups > 1 ? static_cast<uint32_t>(tensor.inverse) : 0;
-    const int lane = thread() & (lanes - 1), shift = exponent_of(lanes);
     apart = neighbours ? 1 : lanes;
-    step = THREADS >> shift;
-    const int row = part.row + (thread() >> shift);
+    step = THREADS / static_cast<unsigned>(lanes);
+    down = thread() / static_cast<unsigned>(lanes);
+    const int lane = thread() - down * lanes, row = part.row + down;
     column = part.column + (neighbours ? lane * N : lane);
     offset = part.first + row * part.width + column;
-    const int side = lanes * N;
-    const int in_row = column < columns ? (columns - column + side - 1) >> exponent_of(side) : 0;
-    const int in_column = row < part.rows ? (part.rows - row + step - 1) >> exponent_of(step) : 0;
+    const int side = lanes * N;  // all of a row, where there are fewer lanes than threads
+    int in_row = column < columns;
+    if (in_row && lanes == THREADS) in_row = (columns - column + side - 1) / (THREADS * N);
+    int in_column = 0;
+    if (down < step && row < part.rows) in_column = (part.rows - row + step - 1) / static_cast<unsigned>(step);
     const bool goes_aside = in_row > 1;
-    turns = goes_aside ? in_row : in_row ? in_column : 0;
-    runs = goes_aside ? in_column : 1;
-    jump = step * part.width;
+    turns = goes_aside ? in_row : in_column;
+    runs = in_row == 0 ? 0 : goes_aside ? in_column : in_column > 0;
+    const int64_t jump = step * part.width;
     stride = goes_aside ? side : jump;
+    back = jump - (turns - 1) * stride;
     aside = goes_aside ? side : 0;
+  }
+
+  // Calls each(k) for those of the N at a place that are there: of vectors all are.
+  template <bool VECTORS, class Each>
+  TL1_DEVICE void for_each(const Cursor& at, Each each) const {
+    _Pragma("unroll") for (int k = 0; k < N; k++) {
+      if (VECTORS || at.column + k * apart < columns) each(k);
+    }
   }
 
   // The group of a column, of a chunk or a panel, which are narrow.
   TL1_DEVICE int group_of(int column) const { return product_high(2 * column, inverse); }
-};
-
-// Goes from turn to turn.
-struct Cursor {
-  int64_t offset;
-  int column, turn = 0;
 };
 
 }  // namespace tl1::gpu

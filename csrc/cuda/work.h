@@ -13,6 +13,7 @@ namespace tl1::gpu {
 constexpr int THREADS = 128;      // of a block
 constexpr int WARP = 32;
 constexpr int TEAM_GROUPS = 64;   // of a panel, at most
+constexpr int RING_AT = 16;       // in a block's shared memory, in bytes: of weights.h's ring
 
 // A tensor: addresses, then its view (tl1kernels/views.py), then how its items cut it up.
 struct Row {
@@ -23,7 +24,7 @@ struct Row {
   int64_t numel;
   int64_t span;    // chunk: weights of one; team: columns of one, in weights
   int64_t width;   // chunk: weights of a group, 0 for no groups
-  int64_t lanes;   // chunk: threads that add up a group; team: threads side by side, at least 2; powers of two
+  int64_t lanes;   // chunk: threads that add up a group, a power of two; team: threads side by side, at least 2
   int64_t share_rows, share_columns;  // team: rows of a piece, and weights in each of them
   int64_t pieces, across;             // team: how many pieces, and how many of them side by side
   int64_t partials, teams;  // where those of its teams begin in the workspaces
@@ -79,10 +80,9 @@ struct Work {
   unsigned char *partials, *factors;
   const Item *resident, *split;
   int64_t n_resident, n_split;
-  int64_t ahead;             // bytes that a block has brought to the L2 cache for what it takes next
   int64_t n_tensors, n_teams;
   int64_t seed;              // of stochastic rounding
-  int64_t parts_at, outcomes_at, waiting_at;  // in a block's shared memory, in bytes
+  int64_t parts_at, outcomes_at, waiting_at, second_at;  // in a block's shared memory, in bytes
   int rule, penalty, coupled;        // rows of TL1_RULES, TL1_PENALTIES, TL1_COUPLED; or -1
   bool maximize, nesterov, decoupled;
 };

@@ -115,7 +115,7 @@ def step(of: Step) -> None:
         plan.parts,
         plan.outcomes,
         plan.waiting,
-        schedule.AHEAD,
+        plan.piece,
         torch.cuda.current_device() if on_gpu else 0,
         torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
     )
@@ -138,7 +138,7 @@ def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     plan = make(schedule.BLOCKS_AT_ONCE)
     if plan.most_pieces > 1:
         index = torch.cuda.current_device() if device.type == "cuda" else 0
-        shared = plan.parts, plan.outcomes, plan.waiting
+        shared = plan.parts, plan.outcomes, plan.waiting, plan.piece
         at_once = ops.cuda_resident_blocks(*_names(of), *shared, index)
         if plan.most_pieces > at_once:
             plan = make(at_once)
@@ -148,8 +148,8 @@ def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     record, measure, outcome = ops.cuda_sizes(arithmetic == torch.float64, coupled)
     for name, size in (
         ("records", len(of.params) * record),
-        ("partials", plan.n_partials * schedule.PANEL * measure),
-        ("factors", plan.n_teams * schedule.PANEL * outcome),
+        ("partials", plan.n_partials * schedule.TEAM_GROUPS * measure),
+        ("factors", plan.n_teams * schedule.TEAM_GROUPS * outcome),
     ):
         kept[name] = torch.empty(size, dtype=torch.uint8, device=device)
     kept["sync"] = torch.empty(1 + 2 * plan.n_teams, dtype=torch.int32, device=device)

@@ -11,9 +11,10 @@ A tensor's view is (blocks, outer, groups, inner), see `views`. By it
 
 A team is one block, where ALONE weights suffice; else as many as have HELD bytes each, if that many
 run at the same time. Either way all waits in shared memory for the groups' norms, and each weight
-is read once and written once. What is larger than that is split: a first pass leaves the sums in
-memory, a second one reads all again, from the L2 cache if it can. Few pieces begin between a
-group's passes.
+is read once and written once. A block has room for two pieces: it measures the next one while its
+team's other blocks measure the last. What is larger than that is split: a first pass leaves the
+sums in memory, a second one reads all again, from the L2 cache if it can. Few pieces begin between
+a group's passes.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ from numpy.typing import NDArray
 from tl1kernels.views import GroupView
 
 THREADS = 128  # of a block
-TILE = 8192
+TILE = 7168
 """Weights of a chunk; half as many in float64, and without groups in a batch of less than MANY."""
 MANY = 2048 * TILE
-COUPLED_PARTS = 1024  # measures of a penalty of whole groups in a chunk
+COUPLED_PARTS = (
+    1024  # measures of a penalty of whole groups in a chunk; of others, a TILE's vectors
+)
 ALONE = 8192  # weights that one block holds of a team
 PANEL = 64  # weights side by side
-HELD = 48 << 10  # bytes that a block of a larger team holds
+WIDE_PANEL = 256  # where it takes more to have whole groups and whole vectors
+TEAM_GROUPS = 64  # of a panel, at most
+HELD = 18 << 10  # bytes that a block of a larger team holds of a piece
 BLOCKS_AT_ONCE = 1024  # at most
 PIECE = 8192  # weights that a block takes of a split team
-AHEAD = 32 << 10  # bytes that a block has brought to the L2 cache before it needs them
 LAG = 512
 """Pieces begun between a group's two passes: enough that the first is over and nobody waits."""
 
@@ -60,7 +64,8 @@ class Schedule:
         n_partials: pieces of teams of several blocks.
         n_teams: such teams.
         most_pieces: of a team that is held.
-        parts, outcomes, waiting: entries that a block needs in shared memory.
+        parts, outcomes, waiting, piece: entries that a block needs in shared memory; the last are
+            those of one of a team's pieces, of which it holds two.
     """
 
     layout: NDArray[np.int64]
@@ -72,6 +77,7 @@ class Schedule:
     parts: int
     outcomes: int
     waiting: int
+    piece: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Share:
     """How the pieces of a team divide its rectangle of rows x columns.
 
     Attributes:
-        lanes: threads side by side, a power of two.
+        lanes: threads side by side; those of a row's vectors, or all.
         rows, columns: of a piece, in weights.
         pieces: of a team.
         across: pieces side by side.
@@ -100,12 +106,13 @@ def share(outer: int, columns: int, vector: int, pieces: int, panel: bool) -> Sh
     A panel is never divided into columns: a thread keeps a sum for each of its own.
     """
     across = 1 if panel else max(1, pieces // max(outer, 1))
-    rows = _ceil_div(outer, max(pieces // across, 1))
-    pieces = across * _ceil_div(outer, rows)  # no more than have something to do
     wide = min(_ceil_div(_ceil_div(columns, across), vector) * vector, max(columns, 1))
     # At least 2, even where 1 would do: what the kernels know vectors from single weights by.
-    lanes = max(2, min(1 << (_ceil_div(wide, vector) - 1).bit_length(), THREADS))
-    turns = _ceil_div(rows, THREADS // lanes) * _ceil_div(wide, lanes * vector)
+    lanes = max(2, min(_ceil_div(wide, vector), THREADS))
+    at_a_time = THREADS // lanes
+    rows = _ceil_div(_ceil_div(outer, max(pieces // across, 1)), at_a_time) * at_a_time
+    pieces = across * _ceil_div(outer, rows)  # no more than have something to do
+    turns = rows // at_a_time * _ceil_div(wide, lanes * vector)
     return Share(lanes, rows, wide, pieces, across, turns * THREADS * vector)
 
 
@@ -133,7 +140,7 @@ def plan(
     others: list[Items] = [_NONE]
     split: list[tuple[Items, Items]] = []
     n_partials = n_teams = 0
-    parts, outcomes, waiting, most_pieces = THREADS, PANEL, 0, 1
+    parts, outcomes, waiting, piece, most_pieces = THREADS, TEAM_GROUPS, 0, 0, 1
     held = HELD // arithmetic // (2 if coupled else 1)  # whose measures need room too
     tile = TILE * 4 // arithmetic
     flat = TILE if sum(v.n_groups * v.group_size for v in views) >= MANY else TILE // 2
@@ -153,7 +160,7 @@ def plan(
             wide = at_16 and size % vector == 0
             # Where a vector has weights of two groups, each weight is measured by itself.
             unit = vector if wide else 1
-            most = min(tile, COUPLED_PARTS * unit) if coupled else tile
+            most = min(tile, (COUPLED_PARTS if coupled else tile // vector) * unit)
             if 2 * size <= most:
                 span = most // size * size
                 in_chunk = min(span, numel)
@@ -172,9 +179,12 @@ def plan(
         shape = PANEL_SHAPE if panel else RUN_SHAPE
         length = groups * inner
         wide = at_16 and (length if panel else inner) % vector == 0
-        span = _panel_span(length, inner, vector, wide) if panel else inner
-        of = _held(outer, span, vector, panel, held, blocks_at_once)
-        if of is None:
+        spans = _panel_spans(length, inner, vector, wide) if panel else [inner]
+        for span in spans:
+            if of := _held(outer, span, vector, panel, held, blocks_at_once):
+                break
+        else:
+            span = spans[0]
             of = _split(outer, span, vector, panel)
         if panel:
             wide = wide and span % vector == 0
@@ -189,7 +199,10 @@ def plan(
             n_partials += teams * of.pieces
             n_teams += teams
         if of.waiting:
-            waiting = max(waiting, of.waiting)
+            if of.pieces > 1:
+                piece = max(piece, of.waiting)
+            else:
+                waiting = max(waiting, of.waiting)
             most_pieces = max(most_pieces, of.pieces)
             items = _items(index, _kind(shape, HELD_PHASE, wide), teams, of.pieces)
             (teams_of_many if of.pieces > 1 else others).append(items)
@@ -210,6 +223,7 @@ def plan(
         parts,
         outcomes,
         waiting,
+        piece,
     )
 
 
@@ -239,15 +253,20 @@ def _split(outer: int, span: int, vector: int, panel: bool) -> Share:
     return Share(THREADS, 1, PIECE, outer * across, across, 0)
 
 
-def _panel_span(length: int, inner: int, vector: int, wide: bool) -> int:
-    """Return the width of a panel: whole groups, and whole vectors if it can be."""
-    if length <= PANEL:
-        return length
-    groups = max(PANEL // inner, 1)
-    even = vector // gcd(vector, inner)
-    if wide and groups >= even:
-        groups = groups // even * even
-    return groups * inner
+def _panel_spans(length: int, inner: int, vector: int, wide: bool) -> list[int]:
+    """Return widths of a panel, the best one first: whole groups, and whole vectors if it can be.
+
+    Narrow ones, of which fewer blocks have all rows, are of no less than 64 bytes.
+    """
+    spans: list[int] = []
+    even = vector // gcd(vector, inner) * inner  # weights of whole groups and vectors
+    even = even if wide and even <= min(WIDE_PANEL, length) else inner
+    for most in (PANEL, PANEL // 2, PANEL // 4):
+        span = min(max(most // even, 1) * even, length)
+        if spans and span < 4 * vector:
+            break
+        spans.append(span)
+    return spans
 
 
 def _flat(index: int, numel: int, span: int, aligned: bool, vector: int) -> Items:
