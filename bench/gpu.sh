@@ -1,65 +1,84 @@
 #!/usr/bin/env bash
-# All that a GPU must show, in one call of under 10 minutes, without network: install, tests,
+# All that a GPU must show, in one call of under 9 minutes, without network: install, tests,
 # compute-sanitizer, verify, benchmarks. Logs and JSON go to $OUT (default: bench/results/gpu).
 # Needs torch with CUDA, nvcc, triton, pytest, pytest-benchmark, hypothesis and mpmath; goes on after
 # a failure, and says at the end what failed. CUDA_ARCHITECTURES is the GPU's own: 90a-real is Hopper.
+# COMMIT names what is timed where there is no git.
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
-PYTHON=${PYTHON:-python3}
+export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 failed=()
+set -m  # so that what runs beside it hears SIGINT, of which pytest tells what has failed so far
+declare -A began limits parts
 
-part() {  # name, seconds at most, command...
-  local name=$1 limit=$2
+begin() {  # name, seconds at most, command...: side by side with what has begun
+  local name=$1
+  limits[$name]=$2 began[$name]=$SECONDS
   shift 2
-  local start=$SECONDS
-  if timeout "$limit" "$@" >"$OUT/$name.log" 2>&1; then
-    echo "$name: passed in $((SECONDS - start)) s: $(tail -n 1 "$OUT/$name.log")"
-  else
-    echo "$name: FAILED ($?) after $((SECONDS - start)) s"
-    tail -n 15 "$OUT/$name.log"
-    failed+=("$name")
-  fi
+  timeout --signal=INT --kill-after=10 "${limits[$name]}" "$@" >"$OUT/$name.log" 2>&1 &
+  parts[$name]=$!
 }
 
-export PYTHON
+end() {  # names
+  local name status
+  for name in "$@"; do
+    wait "${parts[$name]}"
+    status=$?
+    if ((status)); then
+      echo "$name: FAILED ($status) at $SECONDS s, ${limits[$name]} s at most"
+      grep -E "^(FAILED|ERROR)" "$OUT/$name.log" || tail -n 15 "$OUT/$name.log"
+      failed+=("$name")
+    else
+      echo "$name: passed within $((SECONDS - began[$name])) s: $(tail -n 1 "$OUT/$name.log")"
+    fi
+  done
+}
 
-many=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && many=(-n 8)
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-16}
-part install 120 "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e . \
+begin install 120 "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e . \
   --config-settings=cmake.define.TL1_CUDA=ON \
   --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-90a-real}"
-part info 30 "$PYTHON" -m tl1kernels info
-# Both compile some hundreds of kernels: side by side, the compiler has the cores to itself.
-"$PYTHON" -m tl1kernels verify --backend triton --json >"$OUT/verify.json" 2>"$OUT/verify.log" &
-verify=$!
-part verify-cuda 60 sh -c '"$PYTHON" -m tl1kernels verify --backend cuda --json >"$0"' \
-  "$OUT/verify-cuda.json"
-part tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider "${many[@]}" \
-  tests/test_gpu.py tests/test_gpu_backends.py tests/test_triton.py
-part verify 120 tail --pid="$verify" -f /dev/null
-wait "$verify" || failed+=("verify: not all checks passed, see verify.json")
+end install
+begin info 30 "$PYTHON" -m tl1kernels info
+end info
+
+# What is not timed runs side by side: Triton compiles for minutes, on all cores.
+test_files=(tests/test_gpu.py tests/test_gpu_backends.py tests/test_triton.py)
+pytest=("$PYTHON" -m pytest -q --tb=short -rf -p no:cacheprovider)
+many=()
+"$PYTHON" -c 'import xdist' >/dev/null 2>&1 && many=(-n 10)
+begin tests-triton 210 "${pytest[@]}" "${many[@]}" "${test_files[@]}" -k "not cuda"
+begin tests-cuda 210 "${pytest[@]}" "${many[@]/10/4}" "${test_files[@]}" -k cuda
+verify() { "$PYTHON" -m tl1kernels verify --backend "$1" --json >"$OUT/verify-$1.json"; }
+export -f verify
+export OUT
+begin verify-cuda 210 bash -c "verify cuda"
+begin verify-triton 210 bash -c "verify triton"
+side_by_side=(tests-cuda tests-triton verify-cuda verify-triton)
 if command -v compute-sanitizer >/dev/null; then
   # Not every case: a kernel is tens of times slower there. Without torch's cache each tensor has
   # its own bounds.
   some="(dtype1 and rows and 147) or (dtype0 and (aligned or (input and 3x3) or (whole and layer)))"
   for tool in memcheck racecheck initcheck; do
-    part "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+    begin "$tool" 210 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --error-exitcode 9 --report-api-errors no --target-processes all \
-      "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu_backends.py \
-      -k "every_tile_agrees and ($some)"
-    grep -q "Device not supported" "$OUT/$tool.log" && echo "$tool: this device refuses it, not run"
+      "${pytest[@]}" tests/test_gpu_backends.py -k "every_tile_agrees and ($some)"
+    side_by_side+=("$tool")
   done
 else
   echo "compute-sanitizer: not found, not run"
 fi
-part bench 150 "$PYTHON" -m pytest -q -p no:cacheprovider -W default bench/test_gpu.py \
+end "${side_by_side[@]}"
+grep -l "Device not supported" "$OUT"/*check.log 2>/dev/null && echo "refused by this device, not run"
+
+begin bench 150 "$PYTHON" -m pytest -q -p no:cacheprovider -W default bench/test_gpu.py \
   --benchmark-enable --json-out "$OUT/gpu.json"
+end bench
 sed -n '/^copy /,/^geometric/p' "$OUT/bench.log"
 
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}"
   exit 1
 fi
-echo "all passed; results in $OUT"
+echo "all passed in $SECONDS s; results in $OUT"

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import tl1kernels as tk
+from bench.conftest import commit
 from tl1kernels import backends
 from tl1kernels.backends import cuda_schedule, triton_launch, triton_schedule
 from tl1kernels.bench.cases import LR, MODELS, REGULARIZER, RULES, fresh, step_bytes
@@ -227,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     copy = copy_bandwidth(given.device)
     report = {
-        "environment": environment(given.device),
+        "environment": {**environment(given.device), "commit": commit()},
         "copy_gb_per_s": copy / 1e9,
         "results": [],
     }

@@ -1,7 +1,7 @@
 // A GPU's blocks on the host: for tests of the kernels' indexing, reductions and barriers.
 //
-// The threads of a grid are fibers, which go on in turn until the next barrier. What a GPU would do in
-// silence, or never end, ends the program with a word.
+// The threads of a grid are fibers, which go on in turn, forwards and backwards, until the next barrier.
+// What a GPU would do in silence, or never end, ends the program with a word.
 
 #pragma once
 
@@ -88,6 +88,8 @@ class Emulation {
   std::vector<Fiber> fibers;
   unsigned char* stacks;
   jmp_buf scheduler;
+  int turn = 0;  // of a round, in which each fiber goes on once
+  bool backwards = false;  // every second round, so that who is first differs
   bool left = false;  // fibers that are not done
   long before = 0;    // progress, at the beginning of a round
 
@@ -127,8 +129,10 @@ class Emulation {
     for (left = true; left;) {
       left = false;
       before = progress;
+      backwards = !backwards;
       // No local variable counts: it would not outlive the jumps.
-      for (current = 0; current < blocks * THREADS; current++) {
+      for (turn = 0; turn < blocks * THREADS; turn++) {
+        current = backwards ? blocks * THREADS - 1 - turn : turn;
         if (fibers[current].done) continue;
         left = true;
         if (_setjmp(scheduler)) continue;

@@ -199,7 +199,7 @@ def _renew_table(step: Step, plan: Plan, kept: dict[str, Any]) -> None:
         if there != kept.get("there"):
             kept["there"], kept["addresses"] = there, None
         kept["numbers"], kept["numbers_of"] = [numbers[i] for i in there], step.numbers
-    addresses = [t.data_ptr() for t in chain(tensors, kept["numbers"])]
+    addresses = list(map(Tensor.data_ptr, chain(tensors, kept["numbers"])))
     if kept["addresses"] == addresses:
         return
     table = np.zeros((n, ADDRESSES), np.int64)
