@@ -272,6 +272,37 @@ def test_the_emulation_tells_what_a_gpu_would_do_in_silence(message):
 # --- Without a GPU.
 
 
+@emulated
+def test_on_hopper_shared_memory_has_room_for_as_many_blocks_as_registers_have():
+    """Of the hot kernels, on large matrices and on whole models."""
+    pytest.importorskip("triton", reason="its cuobjdump")
+    from bench import cuda_sass
+    from tl1kernels.bench.cases import MODELS
+
+    library = native.installed(cuda_sass.BINARY)
+    if library is None:
+        pytest.skip(f"not built: {native.installed(cuda.REPORT).read_text().strip()}")
+    usage = cuda_sass.usage_of(library)
+    square, wide, filters = [(8192, 8192)], [(1024, 65536)], [(4096, 2048, 3, 3)]
+    work = [(square, 0), (wide, 0), (square, 1), (wide, 1), (filters, 1), (square, None)]
+    work += [(shapes(), "auto") for shapes in MODELS.values()]
+    cuda.load()
+    for dtype, param in ((torch.float32, "float"), (torch.bfloat16, "BFloat16")):
+        name = str(dtype).removeprefix("torch.")
+        for rule in ("sgd", "sgd_momentum", "adam"):
+            registers = usage[cuda_sass.Name(param, param, rule, "tl1")].registers
+            by_registers = (1 << 16) // (schedule.THREADS * -(-registers // 8) * 8)
+            assert by_registers >= 3
+            for shapes, group_by in work:
+                metas = [torch.empty(shape, device="meta") for shape in shapes]
+                views = [view_of(p, group_by if p.ndim > 1 else None) for p in metas]
+                plan = planned(views, vector=16 // dtype.itemsize, blocks=132 * by_registers)
+                assert len(plan.split) == 0
+                entries = plan.parts, plan.outcomes, plan.waiting, plan.piece
+                shared = torch.ops.tl1kernels.cuda_shared_bytes(name, name, rule, "tl1", *entries)
+                assert (228 << 10) // (shared + 1024) >= by_registers, (name, rule, group_by)
+
+
 def test_why_it_is_not_there(monkeypatch):
     monkeypatch.delenv(cuda.ENVIRONMENT, raising=False)
     if torch.cuda.is_available():

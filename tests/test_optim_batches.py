@@ -86,6 +86,8 @@ def drop_a_gradient(optimizer):
 @pytest.fixture(params=[True, False], ids=["guards", "attributes"])
 def _kinds(request, monkeypatch):
     """With torch's guards, which are private, and without: attributes tell the same."""
+    import torch._dynamo  # which needs them: first, while they are there
+
     if not request.param:
         monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
     assert (plan.Kinds([torch.ones(2)])._guards is not None) == request.param

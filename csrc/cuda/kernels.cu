@@ -29,7 +29,7 @@ void kernel(const Work& work) {
 
 template <class C>
 Instance instance() {
-  return {reinterpret_cast<Kernel>(&kernel<C>), C::RING};
+  return {reinterpret_cast<Kernel>(&kernel<C>), C::VECTOR, C::RING};
 }
 #define TL1_INSTANCE(Prox) instance<Config<TL1_T, TL1_G, TL1_RULE, Prox>>()
 

@@ -15,7 +15,8 @@ namespace tl1::gpu {
 using Kernel = const void*;
 struct Instance {
   Kernel kernel;
-  int ring;  // bytes of shared memory that it needs for what is on its way: weights.h
+  int vector;  // weights in 16 bytes
+  int ring;    // bytes of shared memory that it needs for what is on its way: weights.h
 };
 using InstanceOf = Instance (*)(int variant);
 

@@ -66,29 +66,33 @@ Chosen choose(const std::string& dtype, const std::string& grad_dtype, const std
   return chosen;
 }
 
-// Where things lie in a block's shared memory (tiles.h has the names), and its size.
+// Where things lie in a block's shared memory (tiles.h has the names), and its size. What is of pieces of
+// teams lies where others have theirs: a block has one or the other.
 struct Shared {
-  int64_t parts_at, outcomes_at, waiting_at, second_at, bytes;
+  int64_t parts_at, outcomes_at, waiting_at, of_team_at, first_at, second_at, bytes;
 };
 
 template <class A, bool COUPLED>
-Shared shared_of(int64_t ring, int64_t parts, int64_t outcomes, int64_t waiting, int64_t piece) {
+Shared shared_of(const Instance& kernel, int64_t parts, int64_t outcomes, int64_t waiting, int64_t piece) {
   using M = Measure<A, COUPLED>;
   using O = Outcome<A, COUPLED>;
   const auto up = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
   Shared shared;
-  shared.parts_at = up(RING_AT + ring + TEAM_GROUPS * sizeof(M));
+  shared.parts_at = up(RING_AT + kernel.ring + TEAM_GROUPS * sizeof(M));
   shared.outcomes_at = up(shared.parts_at + parts * sizeof(M));
   shared.waiting_at = up(shared.outcomes_at + outcomes * sizeof(O));
-  shared.second_at = shared.waiting_at + piece * sizeof(A);
-  shared.bytes = std::max(shared.second_at + piece * sizeof(A), shared.waiting_at + waiting * sizeof(A));
+  shared.bytes = shared.waiting_at + waiting * sizeof(A);
+  shared.of_team_at = up(shared.parts_at + THREADS * kernel.vector * sizeof(M));
+  shared.first_at = up(shared.of_team_at + TEAM_GROUPS * sizeof(O));
+  shared.second_at = shared.first_at + piece * sizeof(A);
+  if (piece) shared.bytes = std::max<int64_t>(shared.bytes, shared.second_at + piece * sizeof(A));
   return shared;
 }
 
 Shared shared_of(const Chosen& c, int64_t parts, int64_t outcomes, int64_t waiting, int64_t piece) {
   const auto of = c.wide ? c.coupled >= 0 ? shared_of<double, true> : shared_of<double, false>
                          : c.coupled >= 0 ? shared_of<float, true> : shared_of<float, false>;
-  return of(c.instance.ring, parts, outcomes, waiting, piece);
+  return of(c.instance, parts, outcomes, waiting, piece);
 }
 
 template <class T>
@@ -130,6 +134,8 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
   work.parts_at = shared.parts_at;
   work.outcomes_at = shared.outcomes_at;
   work.waiting_at = shared.waiting_at;
+  work.of_team_at = shared.of_team_at;
+  work.first_at = shared.first_at;
   work.second_at = shared.second_at;
   work.rule = chosen.rule, work.penalty = chosen.penalty, work.coupled = chosen.coupled;
   work.seed = seed;
@@ -142,6 +148,13 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
 // Why no kernel can run on the device; "" if they can. All are compiled for the same GPUs.
 std::string cuda_problem(int64_t device) {
   return problem_with(ALL[0].instance(SOFT).kernel, static_cast<int>(device));
+}
+
+// A block's shared memory, in bytes.
+int64_t cuda_shared_bytes(const std::string dtype, const std::string grad_dtype, const std::string rule,
+                          const std::optional<std::string> penalty, int64_t parts, int64_t outcomes,
+                          int64_t waiting, int64_t piece) {
+  return shared_of(choose(dtype, grad_dtype, rule, penalty), parts, outcomes, waiting, piece).bytes;
 }
 
 // How many blocks, each with so much in shared memory, run at the same time: a team's pieces at most.
@@ -191,6 +204,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tl1kernels, m) {
   m.def(
       "cuda_resident_blocks(str dtype, str grad_dtype, str rule, str? penalty, int parts, "
       "int outcomes, int waiting, int piece, int device) -> int");
+  m.def(
+      "cuda_shared_bytes(str dtype, str grad_dtype, str rule, str? penalty, int parts, int outcomes, "
+      "int waiting, int piece) -> int");
   m.def("cuda_sizes(bool wide, bool coupled) -> int[]");
   m.def("cuda_problem(int device) -> str");
   m.def("cuda_scalar_names() -> str");
@@ -201,6 +217,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tl1kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(tl1kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_step_", TORCH_BOX(&tl1::gpu::cuda_step_));
   m.impl("cuda_resident_blocks", TORCH_BOX(&tl1::gpu::cuda_resident_blocks));
+  m.impl("cuda_shared_bytes", TORCH_BOX(&tl1::gpu::cuda_shared_bytes));
   m.impl("cuda_sizes", TORCH_BOX(&tl1::gpu::cuda_sizes));
   m.impl("cuda_problem", TORCH_BOX(&tl1::gpu::cuda_problem));
   m.impl("cuda_scalar_names", TORCH_BOX(&tl1::gpu::cuda_scalar_names));

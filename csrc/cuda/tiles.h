@@ -37,11 +37,12 @@ class Block {
   TL1_DEVICE M* own() const { return there<M>(RING_AT + C::RING); }
   // Of a chunk's vectors, or of a member's threads; then of its groups; then a member's values.
   TL1_DEVICE M* parts() const { return there<M>(work.parts_at); }
-  TL1_DEVICE O* outcomes() const { return there<O>(work.outcomes_at); }
-  // Two of the values of pieces of teams, in turn; or one of an item that nobody else has a part of.
-  TL1_DEVICE Wait* waiting(bool second) const {
-    return there<Wait>(second ? work.second_at : work.waiting_at);
+  TL1_DEVICE O* outcomes() const { return there<O>(room ? work.of_team_at : work.outcomes_at); }
+  TL1_DEVICE Wait* waiting() const {
+    return there<Wait>(room == 0 ? work.waiting_at : room == 1 ? work.first_at : work.second_at);
   }
+  // Where the item at hand has its values: of a team of several blocks in one of two places, in turn.
+  int room = 0;
 
   // What the block takes next: of `split`, by tickets, as long as there are any; then of `resident`.
   int place = work.n_split ? -1 : block();
@@ -54,8 +55,8 @@ class Block {
 
     TL1_DEVICE bool ready() const { return it.phase() == Phase::held; }  // for its weights to be read
   };
-  // Of several blocks, which wait for each other.
-  TL1_DEVICE bool in_team(const Item& it) const {
+  // Whether several blocks have it, which wait for each other.
+  TL1_DEVICE bool of_team(const Item& it) const {
     return it.phase() == Phase::held && work.rows[it.tensor].pieces > 1;
   }
 
@@ -79,15 +80,20 @@ class Block {
     if (*work.found_inf != 0) return;
     Soon soon;
     look_ahead(soon);
-    int held = -1;  // its place in `resident`
-    bool second = false;
+    int held = -1;  // of a piece that waits: twice its place in `resident`, + 1 in the second room
     while (soon.there || held >= 0) {
-      const bool teams = soon.there && in_team(soon.it), goes_on = soon.there && (teams || held < 0);
-      const int at = place - blocks();
-      if (goes_on) soon.it.vectors() ? passes<true>(soon, teams && second) : passes<false>(soon, teams && second);
-      if (held >= 0) finish_held(held, !second);
-      held = goes_on && teams ? at : -1;
-      if (held >= 0) second = !second;
+      room = !soon.there || !of_team(soon.it) ? 0 : held >= 0 ? 2 - (held & 1) : 1;
+      bool waits = false;
+      if (soon.there && (room || held < 0)) {
+        soon.it.vectors() ? passes<true>(soon) : passes<false>(soon);
+        waits = room;
+      }
+      const int now = room, at = place - (soon.there ? 2 : 1) * blocks();
+      if (held >= 0) {
+        room = 1 + (held & 1);
+        finish_held(held / 2);
+      }
+      held = waits ? 2 * at + now - 1 : -1;
     }
   }
 
@@ -120,7 +126,7 @@ class Block {
 
   // All of an item, but for what a team's piece does when all others have measured theirs.
   template <bool VECTORS>
-  TL1_DEVICE void passes(Soon& soon, bool second) {
+  TL1_DEVICE void passes(Soon& soon) {
     const Job job(work, soon.it);
     const Shape shape = job.it.shape();
     const Phase phase = job.it.phase();
@@ -128,7 +134,7 @@ class Block {
     const bool measures = groups && phase != Phase::second;
     if (phase == Phase::second) fetch_outcomes(job);
     if (VECTORS && !soon.ready()) ring().ask_first(job, soon.ahead);
-    measures ? measure<VECTORS>(job, soon.ahead, second) : finish<VECTORS>(job, soon.ahead);
+    measures ? measure<VECTORS>(job, soon.ahead) : finish<VECTORS>(job, soon.ahead);
     look_ahead(soon);
     if (measures) {
       gather(job);
@@ -137,7 +143,7 @@ class Block {
         release_chunk<VECTORS>(job);
       } else if (phase == Phase::held && job.row->pieces == 1) {
         of_one(job);
-        release<VECTORS>(job, false);
+        release<VECTORS>(job);
       } else {
         leave(job);
         if (last_of(job)) {
@@ -149,10 +155,10 @@ class Block {
     if (groups) sync();  // the others have read what is here
   }
 
-  TL1_DEVICE void finish_held(int place, bool second) {
+  TL1_DEVICE void finish_held(int place) {
     const Job job(work, work.resident[place]);
     fetch_outcomes(job);
-    job.it.vectors() ? release<true>(job, second) : release<false>(job, second);
+    job.it.vectors() ? release<true>(job) : release<false>(job);
     sync();
   }
 
@@ -256,14 +262,14 @@ class Block {
   }
 
   template <bool VECTORS>
-  TL1_DEVICE void measure(const Job& job, Cursor& ahead, bool second) const {
+  TL1_DEVICE void measure(const Job& job, Cursor& ahead) const {
     const Numbers c = numbers(job);
     const Walk& walk = job.walk;
     const Shape shape = job.it.shape();
     const bool holds = job.it.phase() == Phase::held;
     M m[N];
     for (int k = 0; k < N; k++) m[k] = M{};
-    Wait* wait = waiting(second) + thread();
+    Wait* wait = waiting() + thread();
     for_thresholds<VECTORS>(job, ahead, c, holds, [&](A (&t)[N], const Cursor& at) {
       if (holds) {
         _Pragma("unroll") for (int k = 0; k < N; k += IN_WAIT) {
@@ -292,12 +298,12 @@ class Block {
   // Those that wait in shared memory become what the outcomes of their groups say.
   template <bool VECTORS>
   TL1_DEVICE void release_chunk(const Job& job) const {
-    release<VECTORS>(job, waiting(false), [&](A (&t)[N], const Cursor& at) { of_group<VECTORS>(t, job.walk, at); });
+    release<VECTORS>(job, waiting(), [&](A (&t)[N], const Cursor& at) { of_group<VECTORS>(t, job.walk, at); });
   }
   template <bool VECTORS>
-  TL1_DEVICE void release(const Job& job, bool second) const {
+  TL1_DEVICE void release(const Job& job) const {
     const Own own(*this, job.walk);
-    release<VECTORS>(job, waiting(second), [&](A (&t)[N], const Cursor& at) { apply<VECTORS>(t, own, job.walk, at); });
+    release<VECTORS>(job, waiting(), [&](A (&t)[N], const Cursor& at) { apply<VECTORS>(t, own, job.walk, at); });
   }
   template <bool VECTORS, class Apply>
   TL1_DEVICE void release(const Job& job, const Wait* wait, Apply apply) const {
@@ -487,7 +493,7 @@ class Block {
     const M* const left = partials(job, 0);
     M m{};
     // Many loads under way: all of the team waits.
-    _Pragma("unroll 16") for (int piece = thread() >> shift; piece < pieces; piece += rows) {
+    _Pragma("unroll 8") for (int piece = thread() >> shift; piece < pieces; piece += rows) {
       m.merge(from_others(left + piece * TEAM_GROUPS + group));
     }
     parts()[thread()] = m;

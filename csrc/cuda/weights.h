@@ -28,8 +28,8 @@ struct Config {
   // Blocks of a multiprocessor: as registers allow.
   static constexpr bool LARGE =
       sizeof(A) == 8 || (VECTOR == 8 && (COUPLED || (Prox::MANY && STATES > 0)));
-  static constexpr bool WIDE = VECTOR == 8;
-  static constexpr int BLOCKS = LARGE ? 2 : WIDE && (STATES > 0 || Prox::MANY) ? 3 : 4;
+  static constexpr bool MIDDLING = VECTOR == 8 ? STATES > 0 || Prox::MANY : COUPLED && STATES > 1;
+  static constexpr int BLOCKS = LARGE ? 2 : MIDDLING ? 3 : 4;
   // What a turn brings a thread, in units of up to 16 bytes; turns of a step; steps that are under way.
   static constexpr int UNITS = 2 + STATES * VECTOR * static_cast<int>(sizeof(A)) / 16;
   static constexpr int AT_ONCE = VECTOR == 4 && STATES == 0 ? 2 : 1;

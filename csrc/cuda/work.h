@@ -82,7 +82,8 @@ struct Work {
   int64_t n_resident, n_split;
   int64_t n_tensors, n_teams;
   int64_t seed;              // of stochastic rounding
-  int64_t parts_at, outcomes_at, waiting_at, second_at;  // in a block's shared memory, in bytes
+  int64_t parts_at, outcomes_at, waiting_at;          // in a block's shared memory, in bytes
+  int64_t of_team_at, first_at, second_at;            // of pieces of teams: outcomes, values, values
   int rule, penalty, coupled;        // rows of TL1_RULES, TL1_PENALTIES, TL1_COUPLED; or -1
   bool maximize, nesterov, decoupled;
 };
