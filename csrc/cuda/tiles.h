@@ -44,7 +44,7 @@ class Block {
   // Where the item at hand has its values: of a team of several blocks in one of two places, in turn.
   int room = 0;
 
-  // What the block takes next: of `split`, by tickets, as long as there are any; then of `resident`.
+  // Where the block goes on: in `split`, by tickets, as long as there are any; then in `resident`.
   int place = work.n_split ? -1 : block();
 
   // What the block takes next. Registers have no room for all of a second job.
@@ -404,17 +404,18 @@ class Block {
       }
     }
   }
-  // From there, into `own`.
+  // From there, into `own`; a chunk's are left where they are.
   TL1_DEVICE void gather(const Job& job) const {
     const Walk& walk = job.walk;
     sync();
+    if (job.it.shape() == Shape::chunk) return;
     if (job.it.shape() == Shape::run) {
       if (thread() == 0) {
         M all = parts()[0];
         _Pragma("unroll 1") for (int warp = 1; warp < THREADS / WARP; warp++) all.merge(parts()[warp]);
         own()[0] = all;
       }
-    } else if (job.it.shape() == Shape::panel) {
+    } else {
       const int columns = walk.lanes * N, inner = static_cast<int>(job.row->inner);
       if (const int group = thread(); group < walk.groups) {
         M all{};
