@@ -133,7 +133,10 @@ def commit():
     if told := os.environ.get("COMMIT"):
         return told
     command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return "unknown"
     return done.stdout.strip()
 
 

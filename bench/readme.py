@@ -77,28 +77,40 @@ def _experiment(dataset: str, name: str, columns: dict[str, str], rank: bool = F
     return "\n".join(lines)
 
 
-def _newest_of_a_cpu() -> dict:
+def _newest(of_a_gpu: bool) -> dict | None:
     reports = [json.loads(file.read_text()) for file in RESULTS.glob("*.json")]
-    of_a_cpu = [report for report in reports if "gpu" not in report["environment"]]
-    return max(of_a_cpu, key=lambda report: report["date"])
+    of_such = [report for report in reports if ("gpu" in report["environment"]) == of_a_gpu]
+    return max(of_such, key=lambda report: report["date"], default=None)
+
+
+def _newest_of_a_cpu() -> dict:
+    found = _newest(of_a_gpu=False)
+    if found is None:
+        raise SystemExit("no results of a CPU in bench/results")
+    return found
 
 
 RATIOS = ("ratio", "lowest", "highest", "bound")
+
+
+def _ratios(row: dict) -> list[str]:
+    """Return a result's ratio, its ends and its bound, as they are written."""
+    if row["ratio"] > 0.5:
+        ratio, low, high, bound = (f"{row[name]:.2f}" for name in RATIOS)
+    else:  # so much faster that the inverse reads better
+        ratio, low, high, bound = (f"1 / {1 / row[name]:.1f}" for name in RATIOS)
+    late = "" if row["ratio"] <= row["bound"] else " **missed**"
+    return [ratio + late, f"{low}, {high}", bound]
 
 
 def cpu() -> str:
     """Return the ratios of bench/test_cpu.py, and where they were taken."""
     timed = _newest_of_a_cpu()
     lines = ["| step | beside | ms | ratio | from, to | bound |", "|---|---|---|---|---|---|"]
-    for row in timed["results"]:
-        if row["ratio"] > 0.5:
-            ratio, low, high, bound = (f"{row[name]:.2f}" for name in RATIOS)
-        else:  # so much faster that the inverse reads better
-            ratio, low, high, bound = (f"1 / {1 / row[name]:.1f}" for name in RATIOS)
-        late = "" if row["ratio"] <= row["bound"] else " **missed**"
-        ends = f"{low}, {high}"
-        cells = [row["case"], row["peer"], f"{row['ours_ms']:.1f}", ratio + late, ends, bound]
-        lines.append(_line(*cells))
+    lines += [
+        _line(row["case"], row["peer"], f"{row['ours_ms']:.1f}", *_ratios(row))
+        for row in timed["results"]
+    ]
     where = timed["environment"]
     processor = f"{where['threads']} threads of an {where['processor']} ({where['instructions']})"
     lines += [
@@ -111,11 +123,34 @@ def cpu() -> str:
     return "\n".join(lines)
 
 
+def gpu() -> str:
+    """Return what bench/test_gpu.py measured, and where; a sentence where it never has."""
+    timed = _newest(of_a_gpu=True)
+    if timed is None:
+        return "`bench/gpu.sh` has not yet run whole on a GPU: there is no table of its figures."
+    lines = ["| step | beside | ms | GB/s | ratio | from, to | bound |", "|---" * 7 + "|"]
+    for row in timed["results"]:
+        rate = row["bytes"] / row["ours_ms"] / 1e6
+        cells = [row["case"], row["peer"], f"{row['ours_ms']:.3f}", f"{rate:.0f}"]
+        lines.append(_line(*cells, *_ratios(row)))
+    where = timed["environment"]
+    triton = f", Triton {where['triton']}" if "triton" in where else ""
+    lines += [
+        "",
+        f"Medians of both sides interleaved in one process, with the best and the worst round; by "
+        f"the device's clock with the L2 cache full of something else, a model's tensors ten steps "
+        f"on end by the host's; {where['gpu']}, torch {where['torch']}{triton}, copy "
+        f"{timed['copy_gb_per_s']:.0f} GB/s; commit {where['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
     **{f"{dataset} table2": partial(table2, dataset) for dataset in TRAINED},
     "digits table3": partial(table3, "digits"),
     "findings": findings,
     "cpu": cpu,
+    "gpu": gpu,
 }
 
 

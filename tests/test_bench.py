@@ -193,3 +193,17 @@ def test_a_plot_that_its_figures_did_not_draw_is_found(tmp_path, monkeypatch):
         (tmp_path / "short" / "cpu.json").write_text(json.dumps(written))
         (tmp_path / "machine-2026-01-01.json").write_text(json.dumps(written))
         assert readme.stale_plots() == stale
+
+
+def test_the_newest_results_of_a_gpu_become_the_readmes_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "no table" in readme.gpu()
+    row = {"case": "rows", "peer": "a copy", "ours_ms": 0.2, "bytes": 8e8, "bound": 1.1}
+    for date, ratio in (("2030-01-02", 1.05), ("2030-01-03", 1.125), ("2030-01-01", 1.0)):
+        where = {"gpu": "A GPU", "torch": "2.0", "triton": "3.0", "commit": "abc"}
+        row |= {"ratio": ratio, "lowest": 1.0, "highest": 1.2}
+        report = {"environment": where, "date": date, "copy_gb_per_s": 4200.0, "results": [row]}
+        (tmp_path / f"{date}.json").write_text(json.dumps(report))
+    _, _, line, _, caption = readme.gpu().split("\n")
+    assert line == "| rows | a copy | 0.200 | 4000 | 1.12 **missed** | 1.00, 1.20 | 1.10 |"
+    assert "A GPU, torch 2.0, Triton 3.0, copy 4200 GB/s; commit abc." in caption
