@@ -53,8 +53,8 @@ TL1_DEVICE void store_global(const T& x, T* at) {
     asm volatile("st.global.u16 [%0], %1;" :: "l"(to), "h"(static_cast<uint16_t>(raw[0])) : "memory");
   }
 }
-// A thread's copies to shared memory, 8 or 16 bytes each. What it asks for until `close_step` is a
-// step; `await_steps` returns when all steps but the last N are there, for this thread to read.
+// A thread's copies to shared memory, 8 or 16 bytes each. What it asks for until `commit_copies` is a
+// batch; `await_copies` returns when all batches but the last N are there, for this thread to read.
 template <int BYTES>
 TL1_DEVICE void copy_ahead(unsigned char* to, const void* from) {
   static_assert(BYTES == 8 || BYTES == 16);
@@ -66,9 +66,9 @@ TL1_DEVICE void copy_ahead(unsigned char* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(there), "l"(at) : "memory");
   }
 }
-TL1_DEVICE void close_step() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+TL1_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
-TL1_DEVICE void await_steps() {
+TL1_DEVICE void await_copies() {
   asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
 TL1_DEVICE int exponent_of(int power_of_two) { return __ffs(power_of_two) - 1; }

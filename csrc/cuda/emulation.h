@@ -68,11 +68,11 @@ class Emulation {
   struct Copy {
     unsigned char* to;
     const void* from;
-    int bytes, step;
+    int bytes, batch;
   };
   struct Copies {
     std::vector<Copy> under_way;
-    int step = 0;
+    int batch = 0;
   };
   std::vector<Copies> copies;  // to shared memory, of each fiber
 
@@ -173,15 +173,15 @@ void copy_ahead(unsigned char* to, const void* from) {
   Emulation::check_aligned(reinterpret_cast<const Unit*>(to));
   memset(to, 0xff, BYTES);
   Emulation::Copies& mine = Emulation::now->copies[Emulation::now->current];
-  mine.under_way.push_back({to, from, BYTES, mine.step});
+  mine.under_way.push_back({to, from, BYTES, mine.batch});
 }
-inline void close_step() { Emulation::now->copies[Emulation::now->current].step++; }
+inline void commit_copies() { Emulation::now->copies[Emulation::now->current].batch++; }
 template <int N>
-void await_steps() {
+void await_copies() {
   Emulation::Copies& mine = Emulation::now->copies[Emulation::now->current];
   std::vector<Emulation::Copy> later;
   for (const Emulation::Copy& one : mine.under_way) {
-    one.step < mine.step - N ? static_cast<void>(memcpy(one.to, one.from, one.bytes)) : later.push_back(one);
+    one.batch < mine.batch - N ? static_cast<void>(memcpy(one.to, one.from, one.bytes)) : later.push_back(one);
   }
   mine.under_way.swap(later);
 }

@@ -236,12 +236,12 @@ class Block {
     constexpr int AT_ONCE = VECTORS ? C::AT_ONCE : 1;
     const bool plain = c.rule.plain();
     Cursor at(job.walk);
-    int turn = 0;  // in the ring
+    int place = 0;  // in the ring
     _Pragma("unroll 1") while (at.there()) {
       Weights w[AT_ONCE];
       if constexpr (VECTORS) {
         ring().await();
-        _Pragma("unroll") for (int j = 0; j < AT_ONCE; j++) ring().take(w[j], turn + j);
+        _Pragma("unroll") for (int j = 0; j < AT_ONCE; j++) ring().take(w[j], place + j);
       } else {
         job.fetch(w[0], at);
       }
@@ -253,11 +253,9 @@ class Block {
           each(t, at);
           at.next(job.walk);
         }
+        if constexpr (VECTORS) ring().ask(job, ahead, place + j);  // not before: what was there is used
       }
-      if constexpr (VECTORS) {
-        ring().ask(job, ahead, turn);
-        turn = ring().after(turn);
-      }
+      place = place + AT_ONCE < C::TURNS ? place + AT_ONCE : 0;
     }
   }
 

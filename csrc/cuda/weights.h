@@ -1,5 +1,5 @@
 // One instance of the kernel, an item's weights in memory, and how they come to a thread's registers:
-// vectors of 16 bytes through shared memory, several steps ahead of what is computed.
+// vectors of 16 bytes through shared memory, several turns ahead of what is computed.
 
 #pragma once
 
@@ -30,11 +30,11 @@ struct Config {
       sizeof(A) == 8 || (VECTOR == 8 && (COUPLED || (Prox::MANY && STATES > 0)));
   static constexpr bool MIDDLING = VECTOR == 8 ? STATES > 0 || Prox::MANY : COUPLED && STATES > 1;
   static constexpr int BLOCKS = LARGE ? 2 : MIDDLING ? 3 : 4;
-  // What a turn brings a thread, in units of up to 16 bytes; turns of a step; steps that are under way.
+  // What a turn brings a thread, in units of up to 16 bytes; turns in the ring; turns taken at a time.
   static constexpr int UNITS = 2 + STATES * VECTOR * static_cast<int>(sizeof(A)) / 16;
+  static constexpr int TURNS = UNITS > 2 ? 2 : 4;
   static constexpr int AT_ONCE = VECTOR == 4 && STATES == 0 ? 2 : 1;
-  static constexpr int STEPS = UNITS * AT_ONCE > 2 ? 2 : 4;
-  static constexpr int RING = STEPS * AT_ONCE * UNITS * 16 * THREADS;  // bytes
+  static constexpr int RING = TURNS * UNITS * 16 * THREADS;  // bytes
   static constexpr bool PLAIN = STATES < 2;  // Adam's bytes leave time for what is left out there
   static_assert(sizeof(Rule) <= RULE_BYTES && sizeof(Prox) <= PROX_BYTES);
   static_assert(RULE_BYTES + PROX_BYTES + sizeof(Common<A>) <= RECORD_BYTES);
@@ -107,53 +107,48 @@ struct Job {
   }
 };
 
-// Where vectors wait in shared memory: each thread has places of its own for STEPS steps, and nobody
-// waits for another thread. A step's place is free for another one when the step has been taken.
+// Where vectors wait in shared memory: each thread has places of its own for TURNS turns, and nobody
+// waits for another thread. What has been asked for is there in the same order.
 template <class C>
 class Ring {
   static constexpr int N = C::VECTOR, IN_PART = Pack<typename C::A, N>::IN_PART;
   static constexpr int PARTS = Pack<typename C::A, N>::PARTS;  // of a state's N
   unsigned char* const mine;
 
-  TL1_DEVICE unsigned char* place(int turn, int unit) const {
-    return mine + (turn * C::UNITS + unit) * THREADS * 16;
+  TL1_DEVICE unsigned char* at(int place, int unit) const {
+    return mine + (place * C::UNITS + unit) * THREADS * 16;
   }
 
  public:
   TL1_DEVICE explicit Ring(unsigned char* memory) : mine(memory + thread() * 16) {}
 
-  // Asks for a step, into a place; `ahead` goes on to the next step. After the last one for nothing.
-  TL1_DEVICE void ask(const Job<C>& job, Cursor& ahead, int turn) const {
-    _Pragma("unroll") for (int j = 0; j < C::AT_ONCE; j++) {
-      if (ahead.there()) {
-        copy_ahead<16>(place(turn + j, 0), job.param + ahead.offset);
-        copy_ahead<N * sizeof(typename C::G)>(place(turn + j, 1), job.grad + ahead.offset);
-        _Pragma("unroll") for (int u = 2; u < C::UNITS; u++) {
-          const int state = (u - 2) / PARTS, part = (u - 2) % PARTS;
-          copy_ahead<16>(place(turn + j, u), job.state[state] + ahead.offset + part * IN_PART);
-        }
-        ahead.next(job.walk);
+  // Asks for a turn; `ahead` goes on to the next one. Behind the last one it asks for nothing.
+  TL1_DEVICE void ask(const Job<C>& job, Cursor& ahead, int place) const {
+    if (ahead.there()) {
+      copy_ahead<16>(at(place, 0), job.param + ahead.offset);
+      copy_ahead<N * sizeof(typename C::G)>(at(place, 1), job.grad + ahead.offset);
+      _Pragma("unroll") for (int u = 2; u < C::UNITS; u++) {
+        const int state = (u - 2) / PARTS, part = (u - 2) % PARTS;
+        copy_ahead<16>(at(place, u), job.state[state] + ahead.offset + part * IN_PART);
       }
+      ahead.next(job.walk);
     }
-    close_step();
+    commit_copies();
   }
-  // Asks for an item's first steps.
+  // Asks for an item's first turns.
   TL1_DEVICE void ask_first(const Job<C>& job, Cursor& ahead) const {
     ahead = Cursor(job.walk);
-    _Pragma("unroll 1") for (int k = 0; k < C::STEPS; k++) ask(job, ahead, k * C::AT_ONCE);
+    _Pragma("unroll 1") for (int place = 0; place < C::TURNS; place++) ask(job, ahead, place);
   }
-  // Returns when the step that was asked for first is there.
-  TL1_DEVICE void await() const { await_steps<C::STEPS - 1>(); }
-  TL1_DEVICE void take(Weights<C>& w, int turn) const {
-    w.p = *reinterpret_cast<const decltype(w.p)*>(place(turn, 0));
-    w.g = *reinterpret_cast<const decltype(w.g)*>(place(turn, 1));
+  // Returns when AT_ONCE turns are there: those that were asked for first.
+  TL1_DEVICE void await() const { await_copies<C::TURNS - C::AT_ONCE>(); }
+  TL1_DEVICE void take(Weights<C>& w, int place) const {
+    w.p = *reinterpret_cast<const decltype(w.p)*>(at(place, 0));
+    w.g = *reinterpret_cast<const decltype(w.g)*>(at(place, 1));
     _Pragma("unroll") for (int u = 2; u < C::UNITS; u++) {
       auto& part = w.s[(u - 2) / PARTS].part[(u - 2) % PARTS];
-      part = *reinterpret_cast<const std::remove_reference_t<decltype(part)>*>(place(turn, u));
+      part = *reinterpret_cast<const std::remove_reference_t<decltype(part)>*>(at(place, u));
     }
-  }
-  static TL1_DEVICE int after(int turn) {
-    return turn + C::AT_ONCE == C::STEPS * C::AT_ONCE ? 0 : turn + C::AT_ONCE;
   }
 };
 
