@@ -43,25 +43,34 @@ end install
 begin info 30 "$PYTHON" -m tl1kernels info
 end info
 
-# What is not timed runs side by side: Triton compiles for minutes, on all cores.
+# What is not timed runs side by side: Triton compiles for minutes, `verify` alone some 700 kernels.
+limit=320
 test_files=(tests/test_gpu.py tests/test_gpu_backends.py tests/test_triton.py)
 pytest=("$PYTHON" -m pytest -q --tb=short -rf -p no:cacheprovider)
 many=()
-"$PYTHON" -c 'import xdist' >/dev/null 2>&1 && many=(-n 10)
-begin tests-triton 210 "${pytest[@]}" "${many[@]}" "${test_files[@]}" -k "not cuda"
-begin tests-cuda 210 "${pytest[@]}" "${many[@]/10/4}" "${test_files[@]}" -k cuda
-verify() { "$PYTHON" -m tl1kernels verify --backend "$1" --json >"$OUT/verify-$1.json"; }
+"$PYTHON" -c 'import xdist' >/dev/null 2>&1 && many=(-n 8)
+begin tests-triton $limit "${pytest[@]}" "${many[@]}" "${test_files[@]}" -k "not cuda"
+begin tests-cuda $limit "${pytest[@]}" "${many[@]/8/4}" "${test_files[@]}" -k cuda
+# Each case once: what Triton compiles for it is there when it is timed.
+begin bench-once $limit "${pytest[@]}" "${many[@]/8/4}" -W default bench/test_gpu.py -k triton
+side_by_side=(tests-cuda tests-triton bench-once verify-cuda)
+verify() {  # backend, name, options
+  "$PYTHON" -m tl1kernels verify --backend "$1" "${@:3}" --json >"$OUT/verify-$1$2.json"
+}
 export -f verify
 export OUT
-begin verify-cuda 210 bash -c "verify cuda"
-begin verify-triton 210 bash -c "verify triton"
-side_by_side=(tests-cuda tests-triton verify-cuda verify-triton)
+begin verify-cuda $limit bash -c 'verify cuda ""'
+names="from tl1kernels.backends import triton_launch as t; print(*filter(None, t.penalties()))"
+for penalty in $("$PYTHON" -c "$names"); do
+  begin "verify-triton-$penalty" $limit bash -c "verify triton -$penalty --penalty $penalty"
+  side_by_side+=("verify-triton-$penalty")
+done
 if command -v compute-sanitizer >/dev/null; then
   # Not every case: a kernel is tens of times slower there. Without torch's cache each tensor has
   # its own bounds.
   some="(dtype1 and rows and 147) or (dtype0 and (aligned or (input and 3x3) or (whole and layer)))"
   for tool in memcheck racecheck initcheck; do
-    begin "$tool" 210 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+    begin "$tool" $limit env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --error-exitcode 9 --report-api-errors no --target-processes all \
       "${pytest[@]}" tests/test_gpu_backends.py -k "every_tile_agrees and ($some)"
     side_by_side+=("$tool")
