@@ -48,7 +48,7 @@ class Name:
 
     @property
     def turns(self) -> int:
-        """Vectors that a thread takes at a time: csrc/cuda/tiles.h's AT_ONCE."""
+        """Vectors that a thread takes at a time: csrc/cuda/weights.h's AT_ONCE."""
         return 2 if self.vector == 4 and not STATES[self.rule] else 1
 
     @property

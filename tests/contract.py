@@ -74,7 +74,7 @@ CONTRACT = {
         },
     ),
     "capture": (
-        "`capturable=True`: a CUDA graph replays the step (tested on an H200)",
+        "`capturable=True`: a CUDA graph replays the step (tested on an H200 at commit 420d8eb)",
         {
             "test_gpu_backends": [
                 "test_capturable_keeps_the_counter_with_the_parameter_and_checkpoints_go_on",

@@ -296,17 +296,17 @@ class Block {
   // Those that wait in shared memory become what the outcomes of their groups say.
   template <bool VECTORS>
   TL1_DEVICE void release_chunk(const Job& job) const {
-    release<VECTORS>(job, waiting(), [&](A (&t)[N], const Cursor& at) { of_group<VECTORS>(t, job.walk, at); });
+    release<VECTORS>(job, [&](A (&t)[N], const Cursor& at) { of_group<VECTORS>(t, job.walk, at); });
   }
   template <bool VECTORS>
   TL1_DEVICE void release(const Job& job) const {
     const Own own(*this, job.walk);
-    release<VECTORS>(job, waiting(), [&](A (&t)[N], const Cursor& at) { apply<VECTORS>(t, own, job.walk, at); });
+    release<VECTORS>(job, [&](A (&t)[N], const Cursor& at) { apply<VECTORS>(t, own, job.walk, at); });
   }
   template <bool VECTORS, class Apply>
-  TL1_DEVICE void release(const Job& job, const Wait* wait, Apply apply) const {
+  TL1_DEVICE void release(const Job& job, Apply apply) const {
     const Common<A> c = numbers(job);
-    wait += thread();
+    const Wait* wait = waiting() + thread();
     _Pragma("unroll 1") for (Cursor at(job.walk); at.there(); at.next(job.walk)) {
       A t[N];
       _Pragma("unroll") for (int k = 0; k < N; k += IN_WAIT) {

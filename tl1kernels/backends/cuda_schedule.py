@@ -32,9 +32,8 @@ THREADS = 128  # of a block
 TILE = 7168
 """Weights of a chunk; half as many in float64, and without groups in a batch of less than MANY."""
 MANY = 2048 * TILE
-COUPLED_PARTS = (
-    1024  # measures of a penalty of whole groups in a chunk; of others, a TILE's vectors
-)
+COUPLED_PARTS = 1024
+"""Measures in a chunk of a penalty of whole groups; of others as many as a TILE has vectors."""
 ALONE = 8192  # weights that one block holds of a team
 PANEL = 64  # weights side by side
 WIDE_PANEL = 256  # where it takes more to have whole groups and whole vectors
@@ -263,7 +262,7 @@ def _panel_spans(length: int, inner: int, vector: int, wide: bool) -> list[int]:
     even = even if wide and even <= min(WIDE_PANEL, length) else inner
     for most in (PANEL, PANEL // 2, PANEL // 4):
         span = min(max(most // even, 1) * even, length)
-        if spans and span < 4 * vector:
+        if spans and (span < 4 * vector or span == spans[-1]):
             break
         spans.append(span)
     return spans
