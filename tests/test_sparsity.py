@@ -155,6 +155,69 @@ def test_no_neuron_of_a_dense_model_is_removed():
         assert left.flops > 0
 
 
+ACTIVATIONS = {
+    **{name: getattr(nn.functional, name) for name in ("relu", "relu6", "hardtanh", "hardsigmoid")},
+    **{name: getattr(nn.functional, name) for name in ("hardswish", "hardshrink", "softshrink")},
+    **{
+        name: getattr(nn.functional, name) for name in ("gelu", "silu", "mish", "elu", "logsigmoid")
+    },
+    **{name: getattr(torch, name) for name in ("sigmoid", "tanh", "erf")},
+    "tanhshrink": nn.functional.tanhshrink,
+    "softmax": lambda x: x.softmax(-1),
+    "threshold": lambda x: nn.functional.threshold(x, 0.5, 0.0),
+    "clamp": lambda x: x.clamp(0, 1),
+    "where": lambda x: torch.where((x > 0) & (x < 6), x, 0.0),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0.0).masked_fill(x > 6, 6.0),
+    "minimum": lambda x: torch.minimum(torch.maximum(x, x.new_zeros(())), x.new_tensor(6.0)),
+    "gate": lambda x: x * nn.functional.relu6(x + 3) / 6,
+}
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, activation, inputs=32, hidden=64):
+        super().__init__()
+        self.a, self.b = nn.Linear(inputs, hidden), nn.Linear(hidden, 10)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.b(self.activation(self.a(x)))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_flat_activation_hides_no_reader(activation):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, x = TwoLayers(ACTIVATIONS[activation]), torch.randn(1 + seed // 4, 32)
+        with torch.no_grad():
+            model.a.weight *= 10.0 ** (seed % 3)
+        assert tk.sparsity(model, x).neurons_removed == 0
+        with torch.no_grad():
+            model.b.weight[:, [2, 5, 6]] = 0
+        # A softmax reads every unit for its sum.
+        unread = 0 if activation == "softmax" else 3
+        assert tk.sparsity(model, x).neurons_removed == unread
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.value, self.gate = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.value(x)
+        return h * nn.functional.hardsigmoid(self.gate(h))
+
+
+def test_unread_neurons_are_seen_at_any_depth():
+    model = nn.Sequential(*(Gated() for _ in range(10)), nn.Linear(8, 3))
+    x = torch.randn(2, 8)
+    assert tk.sparsity(model, x).neurons_removed == 0
+    with torch.no_grad():
+        model[9].gate.weight[:, :2] = 0
+        model[10].weight[:, :2] = 0
+    assert tk.sparsity(model, x).neurons_removed == 2 + 2
+
+
 def test_unread_neurons_are_seen_through_batch_norm_and_in_inference_mode():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     with torch.no_grad():
@@ -186,6 +249,96 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("has_run", [False, True])
+def test_a_compiled_model_is_measured_uncompiled(in_place, has_run):
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model, x = TwoLayers(torch.relu, 6, 8), torch.randn(3, 6)
+    with torch.no_grad():
+        model.b.weight[:, 1] = 0
+    compiled = model if in_place else torch.compile(model, backend=backend)
+    if in_place:
+        model.compile(backend=backend)
+    if has_run:
+        compiled(x)
+    left = tk.sparsity(compiled, x)
+    assert (left.flops, left.neurons_removed) == (2 * (6 * 8 + 8 * 10), 1)
+    assert len(graphs) == has_run
+    compiled(x)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(3, 6)], ids=["unseen", "run"])
+@pytest.mark.parametrize(
+    "norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["new", "old"]
+)
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
+def test_a_spectral_norm_is_left_as_it_was(norm, inputs):
+    layer = norm(nn.Linear(6, 4))
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    attribute = vars(layer).get("weight")
+    assert tk.sparsity(layer, inputs).parameters == 6 * 4 + 4
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert vars(layer).get("weight") is attribute
+    assert layer.training
+
+
+def test_totals_count_a_computed_weight_as_the_layers_use_it():
+    pruned = nn.utils.prune.l1_unstructured(nn.Linear(6, 4), "weight", 0.5)
+    nn.utils.prune.l1_unstructured(pruned, "bias", 1)
+    left = tk.sparsity(pruned)
+    assert (left.layers[0].weights_left, left.parameters_left, left.parameters) == (12, 12 + 3, 28)
+    with torch.no_grad():
+        pruned.weight_orig.zero_()  # as a step does, before the next forward
+    assert tk.sparsity(pruned).parameters_left == 3
+
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+    with torch.no_grad():
+        normed.parametrizations.weight.original1[:, 0] = 0
+    left = tk.sparsity(normed)
+    assert (left.layers[0].weights_left, left.parameters_left, left.parameters) == (20, 24, 28)
+
+
+def test_the_default_device_does_not_matter():
+    model, x = convnet(), torch.randn(2, 1, 8, 8)
+    with torch.device("meta"):
+        left = tk.sparsity(model, x)
+    assert left == tk.sparsity(model, x)
+
+
+def test_an_example_without_a_batch_dim_costs_as_much_as_with_one():
+    assert tk.sparsity(nn.Linear(6, 4), torch.randn(6)).flops == 2 * 6 * 4
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3))
+    x = torch.randn(3, 8, 8)
+    assert tk.sparsity(conv, x) == tk.sparsity(conv, x.expand(5, -1, -1, -1))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_of_no_neurons_has_no_flops():
+    left = tk.sparsity(nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 3)), torch.randn(2, 6))
+    assert (left.flops, left.neurons) == (0, 3)
+    assert "0/0" in str(left)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_model_that_cannot_be_looked_into_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"1 \(LazyLinear\) is lazy .* run the model once"):
+        tk.sparsity(nn.Sequential(nn.ReLU(), nn.LazyLinear(3)))
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 4), nn.ReLU()))
+    for model in (scripted, nn.Sequential(scripted)):
+        with pytest.raises(TypeError, match=r"torch\.jit.* pass the nn\.Module"):
+            tk.sparsity(model, torch.randn(2, 6))
+    helped = nn.Sequential(nn.Linear(6, 4), torch.jit.script(nn.ReLU()))
+    assert tk.sparsity(helped, torch.randn(2, 6)).flops == 48
 
 
 def test_table_and_dict():

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+from tl1kernels.readers import LAYERS, Trace
+
+# Reparametrizations that compute an attribute before each forward.
+_COMPUTES_AN_ATTRIBUTE = (BasePruningMethod, WeightNorm, SpectralNorm)
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class LayerSparsity:
 class Sparsity:
     """A model's layers and its totals; `print` it for a table, `as_dict` it for a log.
 
-    `parameters` counts every parameter of the model, biases and norm scales too; the other
-    totals are sums over the layers.
+    `parameters` counts every parameter of the model, biases and norm scales too, with a pruned or
+    reparametrized one as the layers use it; the other totals are sums over the layers.
     """
 
     layers: tuple[LayerSparsity, ...]
@@ -141,36 +147,116 @@ def sparsity(model: nn.Module, example_inputs: Any = None) -> Sparsity:
     """Count what is left of a model's linear and convolutional layers.
 
     Args:
-        model: any network; it is run in eval mode and left as it was.
+        model: any network; it is run in eval mode, uncompiled, and left as it was.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, with the
-            batch dim first. With it FLOPs are counted (a convolution's by its output size), and
-            a neuron whose readers have only zeros for it counts as removed. Where readers
-            cannot be followed (a part run without grad, an output that is no tensor of floats),
-            ingoing weights alone decide.
+            batch dim first, or one example without it: a vector for a linear layer, (channels,
+            *positions) for a convolution. With it FLOPs are counted (a convolution's by its
+            output size), and a neuron whose readers have only zeros for it counts as removed.
+            Where readers cannot be followed (a part run without grad, an output that is no
+            tensor of floats), ingoing weights alone decide. Give several examples to a network
+            that takes maxima over units: one that loses each of them counts as unread.
 
     Returns:
         A `Sparsity`. A shared layer is counted once, its FLOPs per use. A layer whose weight is
         used without calling it (attention's output projection) has no FLOPs; totals leave it out.
 
     Raises:
-        ValueError: a batch of no examples.
+        ValueError: a batch of no examples, or a lazy module that has not run yet.
+        TypeError: layers compiled by torch.jit, which cannot be looked into.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS)}
-    trace = _Trace(layers.values())
-    if example_inputs is not None:
-        trace.run(model, example_inputs)
-    parameters = list(model.parameters())
+    _check(model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    with _in_eval_mode(model):
+        weights: dict[nn.Module, Tensor] = {m: _weight(m) for m in layers.values()}
+        trace = Trace(weights)
+        if example_inputs is not None:
+            trace.run(model, example_inputs)
+        parameters, parameters_left = _parameters(model)
     return Sparsity(
-        tuple(_layer(name, module, trace) for name, module in layers.items()),
-        sum(p.numel() for p in parameters),
-        sum(int(p.count_nonzero()) for p in parameters),
+        tuple(_layer(name, module, weights[module], trace) for name, module in layers.items()),
+        parameters,
+        parameters_left,
     )
 
 
-def _layer(name: str, module: nn.Module, trace: _Trace) -> LayerSparsity:
-    weight = _weight(module)
+def _check(model: nn.Module) -> None:
+    """Raise for modules whose weights cannot be seen."""
+    for name, module in model.named_modules():
+        here = f"{name or 'model'} ({type(module).__name__})"
+        if any(is_lazy(p) for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{here} is lazy and has no weights yet: run the model once, model(example), "
+                "before sparsity"
+            )
+        if isinstance(module, torch.jit.ScriptModule) and (
+            module is model or module.original_name in {layer.__name__ for layer in LAYERS}
+        ):
+            raise TypeError(
+                f"{here} was compiled by torch.jit, which hides its layers: pass the nn.Module "
+                "that it was made from"
+            )
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate, uncompiled, with gradients and weights up to date; then leave all as before.
+
+    For reading weights too: in training mode a spectral norm takes a step when it is read.
+    """
+    before = [
+        (m, {k: v for k, v in vars(m).items() if k == "training" or isinstance(v, Tensor)})
+        for m in model.modules()
+    ]
+    try:
+        model.eval()
+        # Graphs that torch.compile made before would run without the hooks.
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            for module in model.modules():
+                for hook in module._forward_pre_hooks.values():
+                    if isinstance(hook, _COMPUTES_AN_ATTRIBUTE):
+                        hook(module, ())
+            yield
+    finally:
+        for module, attributes in before:
+            vars(module).update(attributes)
+
+
+def _parameters(model: nn.Module) -> tuple[int, int]:
+    """Count the entries of a model's parameters as they are used, and those that are not zero."""
+    entries = left = 0
+    counted: set[Tensor] = set()
+    for module in model.modules():
+        for value, sources in _used(module):
+            if not counted.issuperset(sources):
+                entries += value.numel()
+                left += int(value.count_nonzero())
+            counted.update(sources)
+    return entries, left
+
+
+def _used(module: nn.Module) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+    """Yield the tensors that a module computes with, each with the parameters that it is from."""
+    own = dict(module.named_parameters(recurse=False))
+    if is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        for name, parametrization in module.parametrizations.items():
+            yield getattr(module, name), list(parametrization.parameters())
+    for name, parameter in own.items():
+        stem, _, ending = name.rpartition("_")
+        value = vars(module).get(stem) if ending in ("orig", "g", "v") else None
+        if isinstance(value, Tensor):  # by a hook of `_COMPUTES_AN_ATTRIBUTE`
+            yield value, [p for n, p in own.items() if n.rpartition("_")[0] == stem]
+        else:
+            yield parameter, [parameter]
+
+
+def _layer(name: str, module: nn.Module, weight: Tensor, trace: Trace) -> LayerSparsity:
     left = int(weight.count_nonzero())
-    reads, computes = _alive(module)
+    reads, computes = trace.reads[module], trace.computes[module]
     unread = trace.unread.get(module)
     removed = ~computes if unread is None else ~computes | unread
     positions = trace.positions.get(module)
@@ -188,154 +274,10 @@ def _layer(name: str, module: nn.Module, trace: _Trace) -> LayerSparsity:
     )
 
 
-def _alive(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return which input units have a nonzero weight, and which output units: two bool vectors."""
-    # (out, in / groups, positions); for transposed convolutions (in, out / groups, positions)
-    nonzero = _weight(module).detach().ne(0).unsqueeze(-1).flatten(2)
-    groups = module.groups if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) else 1
-    parts = nonzero.any(2).chunk(groups, 0)
-    first = torch.cat([part.any(1) for part in parts])
-    second = torch.cat([part.any(0) for part in parts])
-    return (first, second) if isinstance(module, _TRANSPOSED) else (second, first)
-
-
-class _Trace:
-    """One look at how data flows between the layers of a model.
-
-    Each layer's output is replaced by a leaf of random values, so that gradients at it come only
-    from what reads this output directly: live inputs of other layers, and the model's output.
-    Their random positive multiples have gradient zero, unit by unit, exactly where nobody reads.
-    So that no activation hides a reader, the values lie around the real output on four scales,
-    each with both signs of the same random part.
-    """
-
-    ROUNDS = tuple((scale, sign) for scale in (0.01, 1.0, 1e2, 1e4) for sign in (1.0, -1.0))
-
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        self.layers = list(layers)
-        self.positions: dict[nn.Module, int] = {}
-        self.unread: dict[nn.Module, Tensor] = {}
-        self.blind = False  # something was read where autograd does not look
-
-    def run(self, model: nn.Module, inputs: Any) -> None:
-        """Fill `positions` (output positions per example) and `unread` (bool by unit)."""
-        training = {m: m.training for m in model.modules()}
-        model.eval()
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.enable_grad())
-                self.reads = {layer: _alive(layer)[0] for layer in self.layers}
-                for layer in self.layers:
-                    handle = layer.register_forward_hook(self._hook, with_kwargs=True)
-                    stack.callback(handle.remove)
-                args = inputs if isinstance(inputs, tuple) else (inputs,)
-                kwargs = inputs if isinstance(inputs, dict) else {}
-                args = () if kwargs else tuple(_cloned(x) for x in args)
-                kwargs = {name: _cloned(x) for name, x in kwargs.items()}
-                batch = _batch_size([*args, *kwargs.values()])
-                for scale, sign in self.ROUNDS:
-                    self._round(model, args, kwargs, scale, sign)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        self.positions = {m: n // batch for m, n in self.positions.items()}
-        if self.blind:
-            self.unread = {}
-
-    def _round(
-        self,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        scale: float,
-        sign: float,
-    ) -> None:
-        self.scale, self.sign = scale, sign
-        self.generator = torch.Generator().manual_seed(0)
-        self.positions = {}
-        self.outputs: list[tuple[nn.Module, Tensor]] = []
-        self.read: list[Tensor] = []
-        self._add_read(model(*args, **kwargs))
-        # A backward pass that recomputes calls the hooks again; what they note then is dropped.
-        outputs, read, positions = self.outputs, self.read, self.positions
-        self.outputs, self.read, self.positions = [], [], {}
-        leaves = [leaf for _, leaf in outputs]
-        if not leaves or not read:
-            self.blind, self.positions = True, positions
-            return
-        total = torch.stack([part.to(read[0]) for part in read]).sum()
-        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-        self.positions = positions
-        for (layer, leaf), gradient in zip(outputs, gradients, strict=True):
-            unit_dim = _unit_dim(layer, leaf)
-            others = [dim for dim in range(leaf.ndim) if dim != unit_dim]
-            silent = torch.ones(leaf.shape[unit_dim], dtype=torch.bool, device=leaf.device)
-            if gradient is not None:
-                silent = (gradient == 0).all(others) if others else gradient == 0
-            known = self.unread.get(layer)
-            self.unread[layer] = silent if known is None else known & silent
-
-    def _hook(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        if not torch.is_grad_enabled():
-            self.blind = True
-        x = args[0] if args else kwargs["input"]
-        shape = [1] * x.ndim
-        shape[_unit_dim(layer, x)] = -1
-        if x.requires_grad:
-            self._add_read(x * self.reads[layer].view(shape))
-        counted = x if isinstance(layer, _TRANSPOSED) else output
-        positions = counted.numel() // counted.shape[_unit_dim(layer, counted)]
-        self.positions[layer] = self.positions.get(layer, 0) + positions
-        real = output.detach()
-        size = real.float().square().mean().sqrt().clamp(min=1e-3).to(real)
-        noise = self._random(real) * torch.where(self._random(real) < 1, -1, 1)
-        leaf = (real + self.sign * self.scale * size * noise).requires_grad_()
-        self.outputs.append((layer, leaf))
-        return leaf.clone()  # an in-place activation may follow
-
-    def _add_read(self, value: Any) -> None:
-        if isinstance(value, Tensor) and value.requires_grad:
-            self.read.append((value * self._random(value)).sum())
-        elif isinstance(value, dict):
-            self._add_read(list(value.values()))
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                self._add_read(item)
-        elif value is not None:
-            self.blind = True  # classes, samples, objects: what they read cannot be followed
-
-    def _random(self, like: Tensor) -> Tensor:
-        """Return random values in [0.5, 1.5]: never near zero."""
-        values = torch.rand(like.shape, generator=self.generator, dtype=torch.float32) + 0.5
-        return values.to(like)
-
-
-def _cloned(value: Any) -> Any:
-    """Return tensors as copies that autograd may keep, whatever mode made them."""
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _batch_size(values: Iterable[Any]) -> int:
-    sizes = [x.shape[0] for x in values if isinstance(x, Tensor) and x.ndim]
-    if 0 in sizes:
-        raise ValueError("example_inputs must hold at least one example, got a batch of 0")
-    return sizes[0] if sizes else 1
-
-
-def _unit_dim(layer: nn.Module, tensor: Tensor) -> int:
-    """Return the dim of a layer's input or output that counts features or channels."""
-    return (
-        tensor.ndim - 1 if isinstance(layer, nn.Linear) else tensor.ndim - _weight(layer).ndim + 1
-    )
-
-
 def _weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight
+    return weight.detach()
 
 
 def _total(values: Iterable[int | None]) -> int | None:

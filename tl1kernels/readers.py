@@ -1,0 +1,215 @@
+"""Who reads a layer's units: a look at how data flows through a model, for `sparsity`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+
+# Functions of one value, or a choice between values, that are flat in places: by their
+# autograd nodes, "ReluBackward0" for one.
+_FLAT_IN_PLACES = frozenset(
+    f"{name}Backward"
+    for name in (
+        *("Relu", "Threshold", "Hardtanh", "Clamp", "ClampMin", "ClampMax"),
+        *("Hardsigmoid", "Hardswish", "Hardshrink", "Softshrink"),
+        *("LeakyRelu", "PreluKernel", "RreluWithNoise"),
+        *("Elu", "Celu", "Gelu", "Silu", "Mish", "Softplus", "LogSigmoid"),
+        *("Sigmoid", "Tanh", "Exp", "Erf", "Softmax"),
+        *("Where", "MaskedFill", "Maximum", "Minimum"),
+    )
+)
+
+
+class Trace:
+    """One look at how data flows between the layers of a model.
+
+    Each layer's output is replaced by a leaf, so that gradients at it come only from what reads
+    this output directly: live inputs of other layers, and the model's output. Their random
+    positive multiples have gradient zero, unit by unit, exactly where nobody reads.
+    Two things keep readers from hiding. Where an activation is flat (`_FLAT_IN_PLACES`) the
+    gradient passes as if it were not. And so that no gate stays shut and no maximum is always
+    another unit's, the leaves' values change while some unit seems unread: the real output
+    first, then random values around zero, then around the real output, on several scales and
+    each with both signs.
+    """
+
+    # A leaf is the first times the real output plus the second times random values.
+    ROUNDS = (
+        *((1, 0.0), (0, 1.0), (0, -1.0)),
+        *((1, scale) for scale in (1.0, -1.0, 1e2, -1e2, 1e4, -1e4)),
+    )
+
+    def __init__(self, weights: dict[nn.Module, Tensor]) -> None:
+        self.spatial_dims = {layer: weight.ndim - 2 for layer, weight in weights.items()}
+        alive = {layer: _alive(layer, weight) for layer, weight in weights.items()}
+        self.reads = {layer: reads for layer, (reads, _) in alive.items()}
+        self.computes = {layer: computes for layer, (_, computes) in alive.items()}
+        self.real: dict[nn.Module, list[Tensor]] = {}  # outputs by use
+        self.positions: dict[nn.Module, int] = {}
+        self.unread: dict[nn.Module, Tensor] = {}
+        self.blind = False  # something was read where autograd does not look
+
+    def run(self, model: nn.Module, inputs: Any) -> None:
+        """Fill `positions` (output positions per example) and `unread` (bool by unit)."""
+        if isinstance(inputs, dict):
+            args, kwargs = (), {name: _cloned(x) for name, x in inputs.items()}
+        else:
+            args = tuple(map(_cloned, inputs if isinstance(inputs, tuple) else (inputs,)))
+            kwargs = {}
+        self.batch = _batch_size([*args, *kwargs.values()])
+        with ExitStack() as stack:
+            for layer in self.reads:
+                handle = layer.register_forward_hook(self._hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            for around, scale in self.ROUNDS:
+                self.around, self.scale = around, scale
+                self.generator = torch.Generator().manual_seed(int(abs(scale)) + around)
+                self._round(model, args, kwargs)
+                suspects = (unread & self.computes[m] for m, unread in self.unread.items())
+                if self.blind or not any(bool(units.any()) for units in suspects):
+                    break
+        self.positions = {m: n // self.batch for m, n in self.positions.items()}
+        if self.blind:
+            self.unread = {}
+
+    def _round(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.positions = {}
+        self.outputs: list[tuple[nn.Module, Tensor]] = []
+        self.read: list[Tensor] = []
+        self._add_read(model(*args, **kwargs))
+        # A backward pass that recomputes calls the hooks again; what they note then is dropped.
+        outputs, read, positions = self.outputs, self.read, self.positions
+        self.outputs, self.read, self.positions = [], [], {}
+        if not self.real:
+            for layer, leaf in outputs:
+                self.real.setdefault(layer, []).append(leaf.detach())
+        if outputs and self._unit_dim(*outputs[0]) == 0:
+            self.batch = 1
+        leaves = [leaf for _, leaf in outputs]
+        if not leaves or not read:
+            self.blind, self.positions = True, positions
+            return
+        total = torch.stack([part.to(read[0]) for part in read]).sum()
+        _pass_where_flat(total)
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        self.positions = positions
+        for (layer, leaf), gradient in zip(outputs, gradients, strict=True):
+            unit_dim = self._unit_dim(layer, leaf)
+            others = [dim for dim in range(leaf.ndim) if dim != unit_dim]
+            silent = torch.ones(leaf.shape[unit_dim], dtype=torch.bool, device=leaf.device)
+            if gradient is not None:
+                silent = (gradient == 0).all(others) if others else gradient == 0
+            known = self.unread.get(layer)
+            self.unread[layer] = silent if known is None else known & silent
+
+    def _hook(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.blind = True
+        x = args[0] if args else kwargs["input"]
+        unit_dim = self._unit_dim(layer, x)
+        if x.requires_grad:
+            shape = [1] * x.ndim
+            shape[unit_dim] = -1
+            self._add_read(x * self.reads[layer].view(shape))
+        counted = x if isinstance(layer, _TRANSPOSED) else output
+        positions = math.prod(counted.shape[:unit_dim]) * math.prod(counted.shape[unit_dim + 1 :])
+        self.positions[layer] = self.positions.get(layer, 0) + positions
+        leaf = self._leaf(layer, output.detach())
+        self.outputs.append((layer, leaf))
+        return leaf.clone()  # an in-place activation may follow
+
+    def _leaf(self, layer: nn.Module, output: Tensor) -> Tensor:
+        # Not around `output`: made from other leaves, it would grow with each layer.
+        uses = self.real.get(layer, [])
+        use = sum(earlier is layer for earlier, _ in self.outputs)
+        real = uses[use] if use < len(uses) and uses[use].shape == output.shape else output
+        if self.scale == 0:
+            return real.requires_grad_()
+        size = real.float().square().mean().sqrt().clamp(min=1e-3).to(real) if self.around else 1
+        noise = self._random(real) * torch.where(self._random(real) < 1, -1, 1)
+        return (self.around * real + self.scale * size * noise).requires_grad_()
+
+    def _unit_dim(self, layer: nn.Module, tensor: Tensor) -> int:
+        """Return the dim of a layer's input or output that counts features or channels."""
+        return tensor.ndim - 1 - self.spatial_dims[layer]
+
+    def _add_read(self, value: Any) -> None:
+        if isinstance(value, Tensor) and value.requires_grad:
+            self.read.append((value * self._random(value)).sum())
+        elif isinstance(value, dict):
+            self._add_read(list(value.values()))
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                self._add_read(item)
+        elif value is not None:
+            self.blind = True  # classes, samples, objects: what they read cannot be followed
+
+    def _random(self, like: Tensor) -> Tensor:
+        """Return random values in [0.5, 1.5]: never near zero."""
+        # On the CPU, whatever the default device: the same values everywhere.
+        values = torch.rand(like.shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return (values + 0.5).to(like)
+
+
+def _pass_where_flat(total: Tensor) -> None:
+    """Let gradients of `total` pass activations as if those were flat nowhere."""
+    seen = set()
+    todo = [total.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(before for before, _ in node.next_functions)
+        if node.name().rstrip("0123456789") in _FLAT_IN_PLACES:
+            node.register_hook(_straight_through)
+
+
+def _straight_through(
+    gradients: tuple[Tensor | None, ...], after: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Replace zeros of an activation's gradients by a part of the gradient that reaches it.
+
+    A part, for x - tanh(x) must not become flat in turn.
+    """
+    out = after[0]
+    return tuple(
+        g
+        if g is None or out is None or g.shape != out.shape
+        else torch.where(g == 0, 0.37 * out, g)
+        for g in gradients
+    )
+
+
+def _cloned(value: Any) -> Any:
+    """Return tensors as copies that autograd may keep, whatever mode made them."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _batch_size(values: Iterable[Any]) -> int:
+    sizes = [x.shape[0] for x in values if isinstance(x, Tensor) and x.ndim]
+    if 0 in sizes:
+        raise ValueError("example_inputs must hold at least one example, got a batch of 0")
+    return sizes[0] if sizes else 1
+
+
+def _alive(layer: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which input units have a nonzero weight, and which output units: two bool vectors."""
+    # (out, in / groups, positions); for transposed convolutions (in, out / groups, positions)
+    nonzero = weight.ne(0).unsqueeze(-1).flatten(2)
+    groups = layer.groups if isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)) else 1
+    parts = nonzero.any(2).chunk(groups, 0)
+    first = torch.cat([part.any(1) for part in parts])
+    second = torch.cat([part.any(0) for part in parts])
+    return (first, second) if isinstance(layer, _TRANSPOSED) else (second, first)
