@@ -32,10 +32,7 @@ def table2(dataset: str) -> str:
 
 def table3(dataset: str) -> str:
     """Return a data set's table 3: which neurons and connections went."""
-    columns = {**report.TABLE_3, "neurons_removed": "neurons removed %"}
-    columns["last_inputs_removed"] = "last layer: neurons removed %"
-    columns["last_zeros"] = "last layer: zeros among the rest %"
-    return _experiment(dataset, "table3", columns)
+    return _experiment(dataset, "table3", report.TABLE_3)
 
 
 def findings() -> str:

@@ -106,8 +106,14 @@ def test_what_cannot_run_is_refused(tmp_path, capsys, monkeypatch):
     assert cli.main(["bench", "--device", "cpu", "--backend", "triton"]) == 2
     assert "--backend must be among cpu, reference on cpu, got 'triton'" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert cli.main(["bench", "--device", "cpu", "--out", str(tmp_path / "file")]) == 2
-    assert "--out must be a folder" in capsys.readouterr().err
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda _: pytest.fail("began"))
+    for out in (tmp_path / "file", tmp_path / "file" / "out", "/proc"):
+        assert cli.main(["bench", "--device", "cpu", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(
+            f"tl1kernels: --out must be a folder that can be written, got '{out}'"
+        )
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -178,6 +184,15 @@ def test_slopes_are_those_of_power_laws():
         for at in (1, 2, 4, 8)
     ]
     assert command.slopes(rows) == {"weights": pytest.approx(1), "threads": pytest.approx(-0.5)}
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_slopes_are_of_the_upper_half_but_of_two_points(n):
+    low = n - max(2, math.ceil(n / 2))
+    rows = [
+        command.Timed("", "tensors", 2**i, 2.0**i if i >= low else 1e-9, 0.0, 0.0) for i in range(n)
+    ]
+    assert command.slopes(rows) == ({"tensors": pytest.approx(1)} if n > 1 else {})
 
 
 def test_a_plot_that_its_figures_did_not_draw_is_found(tmp_path, monkeypatch):

@@ -315,11 +315,13 @@ def test_bad_usage_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     assert cli.main(["train", "digits", "--methods", "l3", "--out", str(tmp_path)]) == 2
     assert "'l3'" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert cli.main(["train", "digits", "--out", str(tmp_path / "file")]) == 2
-    assert "--out must be a folder" in capsys.readouterr().err
-    monkeypatch.setenv("TL1KERNELS_BACKEND", "abacus")
-    assert cli.main(["train", "digits", "--out", str(tmp_path)]) == 2
-    assert "'abacus'" in capsys.readouterr().err
+    for out in (tmp_path / "file", tmp_path / "file" / "out", "/sys"):
+        assert cli.main(["train", "digits", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(
+            f"tl1kernels: --out must be a folder that can be written, got '{out}'"
+        )
+        assert error.count("\n") == 1
     for bad in (["verify", "--seed", "-1"], ["train", "digits", "--seeds", "0"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main(bad)
@@ -332,6 +334,43 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert cli.main(["train", "digits"]) == 2
     assert "pip install 'tl1kernels[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"chosen": {"l1": {"lam": 1}}}'])
+def test_a_broken_file_of_what_was_chosen_is_named_with_what_to_do(content, tmp_path, capsys):
+    (tmp_path / "chosen.json").write_text(content)
+    assert cli.main(["train", "digits", "--out", str(tmp_path), "--epochs", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'chosen.json'} cannot be read as what a search chose" in error
+    assert error.endswith("remove it, or write it anew by the same command with --search\n")
+
+
+def test_help_says_which_options_a_search_and_digits_do_not_use(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--seeds, --paper and --tables are of the runs without --search" in printed
+    assert "digits needs none" in printed
+
+
+def summary(method, seeds):
+    spread = {f"{name}_std": 0.25 for name in (*report.TABLE_2, *report.TABLE_3)}
+    return {**row(method), **spread, "lam": 0.1, "seeds": seeds}
+
+
+def test_one_run_has_no_deviation_and_every_column_its_unit_in_80_columns(capsys):
+    for seeds, title in ((1, "one run"), (3, "mean ± standard deviation of 3 runs")):
+        rows = [summary(method, seeds) for method in ("none", "sparse_group_lasso")]
+        report.print_tables(rows, "digits", Console(width=80))
+        printed = capsys.readouterr().out
+        assert f"DIGITS, test split: {title} (Table 2)" in printed
+        assert printed.count("±") == (0 if seeds == 1 else 1 + 2 * 6)
+        assert "97.0" in printed
+    table2, table3 = (" ".join(of.values()).split() for of in (report.TABLE_2, report.TABLE_3))
+    assert table2.count("%") == table3.count("%") == 3
+    assert printed.count("removed %") == 2
+    assert printed.count("last layer:") == 2
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 @pytest.mark.slow

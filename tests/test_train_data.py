@@ -184,7 +184,7 @@ def test_the_recipe_trains_on_its_data_set(name, tmp_path):
         ("mnist", "t10k-images-idx3-ubyte.gz", b"\0\0\x0d\3" + bytes(12), "IDX"),
         ("mnist", "t10k-images-idx3-ubyte.gz", b"\0\0\x08\1\0\0\0\7x", "IDX"),
         ("pendigits", "pendigits.tes", b"1,2,3\n", "17 columns, got 3"),
-        ("pendigits", "pendigits.tes", b"a,b\n", "not a table of numbers"),
+        ("pendigits", "pendigits.tes", b"a,b\n", "as a table of numbers"),
         ("sdd", "Sensorless_drive_diagnosis.txt", b"1 2\n", "49 columns, got 2"),
     ],
 )
@@ -197,6 +197,26 @@ def test_a_file_that_is_something_else_is_named(name, file, content, says, tmp_p
     printed = " ".join(capsys.readouterr().err.split())
     assert file in printed
     assert says in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("mnist", "t10k-images-idx3-ubyte.gz", b"no archive"),
+        ("mnist", "t10k-images-idx3-ubyte.gz", gzip.compress(bytes(99))[:-9]),
+        ("mnist", "t10k-images-idx3-ubyte.gz", gzip.compress(b"")[:10] + b"\xff" * 20),
+        ("cifar10", "cifar-10-binary.tar.gz", b"no archive"),
+        ("cifar10", "cifar-10-binary.tar.gz", gzip.compress(bytes(10240))),  # an empty archive
+        ("pendigits", "pendigits.tes", b"\xff\xfe"),
+    ],
+)
+def test_a_broken_file_is_named_with_what_to_do(name, file, content, tmp_path, capsys):
+    write_small(name, tmp_path)
+    (tmp_path / file).write_bytes(content)
+    assert cli.main(["train", name, "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / file} cannot be read as " in error
+    assert "remove it, and it is fetched again, or put the file of its authors there" in error
 
 
 def test_files_are_fetched_once_and_their_checksum_is_checked(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from itertools import product
 
 import numpy as np
@@ -207,7 +208,11 @@ def test_what_a_backend_lacks_is_said_and_not_passed(backend, monkeypatch, capsy
     assert all(name in str(report) for name in lacking)
     for name in lacking:
         assert cli.main(["verify", "--backend", backend, "--penalty", name]) == 2
-        assert f"has no penalty '{name}'" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "--penalty must be among none, " in error
+        assert f"for backend {backend!r}, got '{name}'" in error
+        with pytest.raises(ValueError, match=rf"penalties must be among .*, got '{name}'"):
+            verify(backend, penalties=[name])
 
 
 def test_a_device_that_is_not_there_is_named(capsys):
@@ -216,8 +221,10 @@ def test_a_device_that_is_not_there_is_named(capsys):
             continue
         assert cli.main(["verify", "--backend", backend, "--device", device]) == 2
         error = capsys.readouterr().err
-        assert "device must be among cpu" in error
+        assert "--device must be among cpu" in error
         assert f"for backend {backend!r}, got {device!r}" in error
+        with pytest.raises(ValueError, match=rf"device must be among \['cpu'.*, got '{device}'"):
+            verify(backend, device=device)
 
 
 @pytest.mark.parametrize("group_by", [None, "out"])
@@ -274,12 +281,29 @@ def test_the_percentile_is_of_the_errors():
     assert "2e+03 / 2e+03" in str(Report("cpu", 0, (check,)))
 
 
-def test_an_unknown_backend_or_penalty_is_named(capsys):
+def test_an_unknown_backend_or_penalty_is_named_as_it_is_typed(capsys):
     assert cli.main(["verify", "--backend", "abacus"]) == 2
-    assert "'abacus'" in capsys.readouterr().err
+    assert "--backend must be among cpu, triton, " in (error := capsys.readouterr().err)
+    assert "got 'abacus'" in error
     assert cli.main(["verify", "--penalty", "l1", "ridge"]) == 2
-    assert "'tl1', 'l1'" in (error := capsys.readouterr().err)
-    assert "'ridge'" in error
+    assert "--penalty must be among none, tl1, l1, " in (error := capsys.readouterr().err)
+    assert "got 'ridge'" in error
+
+
+def test_zeros_that_all_agree_are_a_check_of_every_weight():
+    zeros = [check for check in verify("reference", 0, ["l1"]).checks if check.section == "zeros"]
+    assert [(c.cases, c.differing, c.error, c.p999) for c in zeros] == [(2500, 0, 0, 0)] * 2
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    """The smallest that has what is missing."""
+    for name in [name for name in sys.modules if name.startswith("tl1kernels.verify")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "tl1kernels.oracles")
+    monkeypatch.delattr("tl1kernels.oracles")
+    monkeypatch.setitem(sys.modules, "mpmath", None)
+    assert cli.main(["verify"]) == 2
+    assert "pip install 'tl1kernels[verify]'" in capsys.readouterr().err
 
 
 def test_input_is_fresh_and_the_callers_generator_untouched():

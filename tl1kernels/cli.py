@@ -5,19 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0, 1 for a failed check, 2 for bad usage."""
+    """Run a command; return its exit status.
+
+    0, or 1 for a failed check, 2 for bad usage, 130 after Ctrl-C.
+    """
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
     except UsageError as error:
         print(f"tl1kernels: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tl1kernels: interrupted", file=sys.stderr)
+        return 130
 
 
 class UsageError(Exception):
@@ -39,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--out", type=Path, help="folder for results [runs/DATASET]")
     train.add_argument(
-        "--data", type=Path, help="folder with the data set's files, or for them [data/DATASET]"
+        "--data",
+        type=Path,
+        help="folder with the data set's files, or for them; digits needs none [data/DATASET]",
     )
     train.add_argument(
         "--methods", nargs="+", metavar="NAME", help="which to train, any penalty [the paper's]"
@@ -57,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--search",
         action="store_true",
-        help="choose lam and a on the validation split and write OUT/chosen.json",
+        help="choose lam and a on the validation split and write OUT/chosen.json, no more; "
+        "--seeds, --paper and --tables are of the runs without --search",
     )
     train.set_defaults(run=_train)
 
@@ -106,13 +116,66 @@ def _positive(text: str) -> int:
     return _count(text, 1)
 
 
-def _require(backend: str | None) -> None:
+def require_among(what: str, value: str, allowed: Iterable[str], where: str = "") -> None:
+    """Raise UsageError unless the value of `what`, a flag or variable, is one of those allowed."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise UsageError(f"{what} must be among {', '.join(allowed)}{where}, got {value!r}")
+
+
+def choose_backend(flag: str | None, device_type: str) -> tuple[str, str]:
+    """Return the backend to run on, and what names it: the flag, the environment, or the device.
+
+    Raises:
+        UsageError: no backend has that name, or it cannot run here.
+    """
     from tl1kernels import backends
 
+    if flag is not None:
+        name, source = flag, "--backend"
+    elif (asked := backends.asked_for()) is not None:
+        name, source = asked, backends.ENVIRONMENT
+    else:
+        name, source = backends.preferred(device_type), "the default backend"
+    require_among(source, name, backends.BACKENDS)
     try:
-        backends.require(backend)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(str(error)) from error
+        backends.require(name)
+    except RuntimeError as error:
+        raise UsageError(f"{source}: {error}") from error
+    return name, source
+
+
+def try_step(backend: str, source: str, device: str) -> None:
+    """Take a step of one weight, so that what hinders every step is said before any work.
+
+    Raises:
+        UsageError: it failed; the message names `source`, see `choose_backend`.
+    """
+    import torch
+
+    from tl1kernels import prox
+
+    try:
+        prox(torch.ones(1, device=device), 1.0, lam=0.1, backend=backend)
+    except RuntimeError as error:
+        raise UsageError(f"{source}: {error}") from error
+
+
+def make_out(folder: Path) -> None:
+    """Make the folder of --out and try to write there, before any work.
+
+    Raises:
+        UsageError: there cannot be such a folder, or no file can be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"tried")
+            file.flush()
+    except OSError as error:
+        raise UsageError(
+            f"--out must be a folder that can be written, got {str(folder)!r}: {error.strerror}"
+        ) from error
 
 
 @contextmanager
@@ -126,20 +189,14 @@ def _extra(name: str, command: str) -> Iterator[None]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from tl1kernels import backends
-
     with _extra("train", "train"):
         from tl1kernels.train import command
-    _require(backends.asked_for())
     return command.run(args)
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from tl1kernels import backends
-
     with _extra("bench", "bench"):
         from tl1kernels.bench import command
-    _require(args.backend or backends.asked_for())
     try:
         return command.run(args)
     except command.WrongStepError as error:
@@ -148,17 +205,19 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from tl1kernels import backends
-
-    with _extra("test", "verify"):
-        from tl1kernels.verify import verify
-    backend = args.backend or backends.asked_for() or backends.preferred("cpu")
-    _require(backend)
+    with _extra("verify", "verify"):
+        from tl1kernels.verify import devices_of, penalties_of, verify
+    backend, source = choose_backend(args.backend, "cpu")
+    where = f" for backend {backend!r}"
+    has = [name or "none" for name in penalties_of(backend)]
+    for name in args.penalty or ():
+        require_among("--penalty", name, has, where)
+    devices = devices_of(backend)
+    device = devices[0] if args.device is None else args.device
+    require_among("--device", device, devices, where)
+    try_step(backend, source, device)
     penalties = args.penalty and [None if name == "none" else name for name in args.penalty]
-    try:
-        report = verify(backend, args.seed, penalties, args.device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    report = verify(backend, args.seed, penalties, device)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0 if report.passed else 1
 

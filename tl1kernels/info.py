@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tl1kernels.backends import BACKENDS, asked_for, cuda, native, preferred
+from tl1kernels.batch import SGD, Batch
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,6 @@ def info() -> Info:
         devices["cuda"] = torch.cuda.get_device_name()
     backends = {name: b.unavailable() or "available" for name, b in BACKENDS.items()}
     asked = asked_for()
-    runs_on = {device: asked or preferred(device) for device in devices}
-    if asked is not None and backends.get(asked) != "available":
-        why = backends.get(asked, "no such backend")
-        runs_on = dict.fromkeys(devices, f"nothing: {asked!r} was asked for: {why}")
     problem = native.unavailable()
     return Info(
         versions={
@@ -76,8 +73,19 @@ def info() -> Info:
         },
         devices=devices,
         backends=backends,
-        runs_on=runs_on,
+        runs_on={device: _runs_on(device, asked) for device in devices},
         native=problem or native.build_info(),
         cuda=cuda.build_info(),
         asked_for=asked,
     )
+
+
+def _runs_on(device_type: str, asked: str | None) -> str:
+    """Return the backend of a step of SGD with TL1, or why the one asked for cannot take it."""
+    if asked is None:
+        return preferred(device_type)
+    if asked not in BACKENDS:
+        return f"nothing: {asked!r} was asked for: no such backend"
+    step = Batch(torch.device(device_type), torch.float32, SGD(), "tl1", [], [])
+    why = BACKENDS[asked].unavailable() or BACKENDS[asked].rejects(step)
+    return f"nothing: {asked!r} was asked for: {why}" if why else asked

@@ -19,7 +19,7 @@ from rich.table import Table
 from tl1kernels import backends
 from tl1kernels.bench import plots, timing
 from tl1kernels.bench.cases import PEER, Case, Step, cases, disagreement, growth, sides, step_bytes
-from tl1kernels.cli import UsageError
+from tl1kernels.cli import UsageError, choose_backend, make_out, require_among, try_step
 
 SIDES = {"cpu": 4096, "cuda": 8192}
 
@@ -53,7 +53,8 @@ class Report:
         backend: which one every case ran on.
         copy_gb_per_s: bytes read and written by a copy, measured in the same run.
         results: the cases' figures.
-        slopes: by axis, the exponent e of the fit ms = c * at^e over its upper half.
+        slopes: by axis, the exponent e of the fit ms = c * at^e over the upper half of its
+            points, two at least.
         skipped: what could not be timed, and why.
     """
 
@@ -75,14 +76,10 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device must be cpu where torch has no CUDA GPU, got 'cuda'")
-    backend = args.backend or backends.asked_for() or backends.preferred(device)
-    takes = backends.PREFERENCE[device]
-    if backend not in takes:
-        raise UsageError(f"--backend must be among {', '.join(takes)} on {device}, got {backend!r}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out must be a folder that can be written: {error}") from error
+    backend, source = choose_backend(args.backend, device)
+    require_among(source, backend, backends.PREFERENCE[device], f" on {device}")
+    try_step(backend, source, device)
+    make_out(args.out)
     console = Console(stderr=args.json)
     side = args.size or SIDES[device]
     command = ["tl1kernels", "bench", "--device", device, "--backend", backend]
@@ -146,11 +143,14 @@ def timed(
 
 
 def slopes(results: list[Timed]) -> dict[str, float]:
-    """Return the exponent of each axis' growth, fitted over the upper half of its points."""
+    """Return the exponent of each axis' growth, fitted over the upper half of its points.
+
+    Over two points at least: an axis of one has no slope.
+    """
     found = {}
     for axis in dict.fromkeys(row.axis for row in results if row.axis):
         points = [(row.at, row.ms) for row in results if row.axis == axis]
-        x, y = np.log(np.array(points[len(points) // 2 - (len(points) < 4) :])).T
+        x, y = np.log(np.array(points[-max(2, (len(points) + 1) // 2) :])).T
         if len(x) > 1:
             found[axis] = float(np.polyfit(x, y, 1)[0])
     return found

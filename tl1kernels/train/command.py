@@ -7,13 +7,12 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 import tl1kernels as tk
-from tl1kernels.cli import UsageError
+from tl1kernels.cli import UsageError, choose_backend, make_out, require_among, try_step
 from tl1kernels.train import data, experiment, figures, report
 from tl1kernels.train.recipes import RECIPES
 from tl1kernels.train.run import METHODS, OPTIONS
@@ -23,14 +22,13 @@ def run(args: argparse.Namespace) -> int:
     """Search or train, print and write the results; return the exit status.
 
     Raises:
-        UsageError: the arguments do not fit together, or the data set is not there.
+        UsageError: the arguments do not fit together, the data set or the backend is not there, or
+            --out cannot be written.
     """
     console = Console()
     _check(args)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out must be a folder that can be written: {error}") from error
+    try_step(*choose_backend(None, "cpu"), "cpu")
+    make_out(args.out)
     source, title = data.DATA[args.dataset], RECIPES[args.dataset].title
     try:
         # Here first, so that what is missing is fetched once, or said once.
@@ -46,13 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Check the arguments and fill in those that depend on others."""
-    if args.dataset not in RECIPES:
-        raise UsageError(f"dataset must be among {', '.join(RECIPES)}, got {args.dataset!r}")
+    require_among("dataset", args.dataset, RECIPES)
     args.methods = tuple(dict.fromkeys(args.methods or METHODS))
-    known = ("none", *OPTIONS)
     for method in args.methods:
-        if method not in known:
-            raise UsageError(f"--methods must be among {', '.join(known)}, got {method!r}")
+        require_among("--methods", method, ("none", *OPTIONS))
     args.out = args.out or Path("runs") / args.dataset
     args.data = args.data or Path("data") / args.dataset
     args.jobs = args.jobs or experiment.default_jobs()
@@ -89,11 +84,11 @@ def _search(args: argparse.Namespace, console: Console) -> int:
 
 def _chosen(args: argparse.Namespace) -> Mapping[str, Mapping[str, float]]:
     """Return the options that a search in the same folder chose, else those of the package."""
-    files = [args.out / "chosen.json", experiment.chosen_path(args.dataset)]
-    chosen: dict[str, Any] = {}
+    files = [experiment.chosen_path(args.dataset), args.out / "chosen.json"]
+    chosen: dict[str, dict[str, float]] = {}
     for file in files:
         if file.exists():
-            chosen = {**json.loads(file.read_text())["chosen"], **chosen}
+            chosen |= _read_chosen(file)
     missing = [method for method in args.methods if method not in chosen]
     if missing:
         raise UsageError(
@@ -101,6 +96,17 @@ def _chosen(args: argparse.Namespace) -> Mapping[str, Mapping[str, float]]:
             "with --search"
         )
     return chosen
+
+
+def _read_chosen(file: Path) -> dict[str, dict[str, float]]:
+    try:
+        rows = json.loads(file.read_text())["chosen"].items()
+        return {method: {name: float(row[name]) for name in ("lam", "a")} for method, row in rows}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{file} cannot be read as what a search chose ({type(error).__name__}: {error}): "
+            "remove it, or write it anew by the same command with --search"
+        ) from error
 
 
 def _final(args: argparse.Namespace, examples: torch.Tensor, console: Console) -> int:

@@ -11,7 +11,9 @@ import hashlib
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,18 +150,29 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray, None]:
     return bunch.images[:, None] / 16, bunch.target, None
 
 
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Where a file is broken or something else, raise ValueError with its name and what to do."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error) as error:
+        raise ValueError(
+            f"{path} cannot be read as {what} ({error}): remove it, and it is fetched again, or "
+            "put the file of its authors there"
+        ) from error
+
+
 def read_idx(path: Path) -> np.ndarray:
     """Return the array of bytes in an IDX file, gzipped or not (the format of MNIST)."""
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        content = gzip.decompress(content)
-    zeros, kind, ndim = content[:2], content[2:3], content[3] if len(content) > 3 else 0
-    start = 4 + 4 * ndim
-    shape = np.frombuffer(content[4:start], ">u4").astype(int)
-    array = np.frombuffer(content[start:], np.uint8)
-    if zeros != b"\0\0" or kind != b"\x08" or len(shape) != ndim or array.size != shape.prod():
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
-    return array.reshape(shape)
+    with _reading(path, "an IDX file of unsigned bytes"):
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        if content[:3] != b"\0\0\x08" or len(content) < 4:
+            raise ValueError("its first bytes are other ones")
+        start = 4 + 4 * content[3]
+        shape = np.frombuffer(content[4:start], ">u4").astype(int)
+        return np.frombuffer(content[start:], np.uint8).reshape(shape)
 
 
 def _read_mnist(*paths: Path) -> tuple[np.ndarray, np.ndarray, int]:
@@ -170,13 +183,11 @@ def _read_mnist(*paths: Path) -> tuple[np.ndarray, np.ndarray, int]:
 
 def read_table(path: Path, columns: int, delimiter: str | None) -> np.ndarray:
     """Return a text file of numbers as float64 (rows, columns)."""
-    try:
+    with _reading(path, "a table of numbers"):
         table = np.loadtxt(path, delimiter=delimiter, ndmin=2)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a table of numbers: {error}") from error
-    if table.shape[1] != columns:
-        raise ValueError(f"{path} must have {columns} columns, got {table.shape[1]}")
-    return table
+        if table.shape[1] != columns:
+            raise ValueError(f"it must have {columns} columns, got {table.shape[1]}")
+        return table
 
 
 def _read_pendigits(train: Path, test: Path) -> tuple[np.ndarray, np.ndarray, int]:
@@ -193,14 +204,15 @@ def _read_sdd(path: Path) -> tuple[np.ndarray, np.ndarray, None]:
 def _read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
     """Read the binary version, the archive itself or its folder: records of label and image."""
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-    if path.is_dir():
-        batches = [(path / name).read_bytes() for name in names]
-    else:
-        with tarfile.open(path) as archive:
-            files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
-            batches = [file.read() for file in files if file]
-    if any(len(batch) % 3073 for batch in batches):
-        raise ValueError(f"{path} does not hold CIFAR-10's records of 3073 bytes")
+    with _reading(path, "CIFAR-10's binary version"):
+        if path.is_dir():
+            batches = [(path / name).read_bytes() for name in names]
+        else:
+            with tarfile.open(path) as archive:
+                files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
+                batches = [file.read() for file in files if file]
+        if any(len(batch) % 3073 for batch in batches):
+            raise ValueError("its records must have 3073 bytes each")
     records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
     images = records[:, 1:].reshape(-1, 3, 32, 32) / np.float32(255)
     return images, records[:, 0].astype(int), sum(map(len, batches[:5])) // 3073

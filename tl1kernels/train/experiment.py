@@ -141,8 +141,9 @@ def choose(results: Iterable[Result]) -> dict[str, dict[str, float]]:
     """Return, by method, the options to use and the validation figures that spoke for them.
 
     Of the settings that lose at most 5 points of accuracy against no penalty: the most accurate
-    that leaves at most 10 % of the parameters, or the smallest where none does. All figures are
-    means over the seeds.
+    that leaves at most 10 % of the parameters, or the smallest where none does. Where every one of
+    a method's settings loses more than 5 points, all of them count. All figures are means over the
+    seeds.
     """
     by_options: dict[tuple[str, float, float], list[Result]] = {}
     for result in results:

@@ -39,8 +39,8 @@ TABLE_2 = {
 """Columns of the paper's Table 2, besides the average rank."""
 TABLE_3 = {
     "neurons_removed": "neurons\nremoved %",
-    "last_inputs_removed": "last layer:\nneurons",
-    "last_zeros": "zeros among\nthe rest %",
+    "last_inputs_removed": "last layer:\nneurons\nremoved %",
+    "last_zeros": "last layer:\nzeros among\nthe rest %",
 }
 """Columns of the paper's Table 3: neurons without weights in the last layer, and what the others
 lost there; before them, neurons of all layers."""
@@ -167,11 +167,10 @@ def plain_table(title: str, headers: Sequence[str]) -> Table:
 
 
 def print_tables(rows: Sequence[Row], dataset: str, console: Console) -> None:
-    """Print Tables 2 and 3: mean ± standard deviation over the seeds."""
-    title = (
-        f"{RECIPES[dataset].title}, test split: mean ± standard deviation of "
-        f"{rows[0]['seeds']} runs (Table 2)"
-    )
+    """Print Tables 2 and 3: mean ± standard deviation over the seeds, or the figures of one run."""
+    seeds = rows[0]["seeds"]
+    of = "one run" if seeds == 1 else f"mean ± standard deviation of {seeds} runs"
+    title = f"{RECIPES[dataset].title}, test split: {of} (Table 2)"
     rank = [f"{row['average_rank']:.1f}" if "average_rank" in row else "" for row in rows]
     _print_table(title, rows, TABLE_2, {"average\nrank": rank}, console)
     _print_table("The same runs' neurons (Table 3)", rows, TABLE_3, {}, console)
@@ -186,7 +185,10 @@ def _print_table(
 ) -> None:
     table = plain_table(title, ["method", "lam", "a", *columns.values(), *more])
     for row, *last in zip(rows, *more.values(), strict=True):
-        cells = [f"{row[name]:.1f} ±{row[name + '_std']:.1f}" for name in columns]
+        cells = [
+            f"{row[name]:.1f}" + (f" ±{row[name + '_std']:.1f}" if row["seeds"] > 1 else "")
+            for name in columns
+        ]
         table.add_row(TITLES[row["method"]], f"{row['lam']:g}", f"{row['a']:g}", *cells, *last)
     console.print(table)
 

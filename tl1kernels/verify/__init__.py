@@ -18,7 +18,16 @@ from tl1kernels.verify.bounds import bounds_of
 from tl1kernels.verify.checks import GROUPINGS, PARTS, RULES, Penalties
 from tl1kernels.verify.report import Check, Report
 
-__all__ = ["GROUPINGS", "RULES", "Check", "Report", "bounds_of", "verify"]
+__all__ = [
+    "GROUPINGS",
+    "RULES",
+    "Check",
+    "Report",
+    "bounds_of",
+    "devices_of",
+    "penalties_of",
+    "verify",
+]
 
 
 def verify(
@@ -40,37 +49,37 @@ def verify(
         ValueError, RuntimeError: no such backend, or it cannot run here; no such penalty; no such
             device, or none for that backend.
     """
-    every = (None, *PENALTIES)
-    for name in penalties or ():
-        if name not in every:
-            raise ValueError(f"penalties must be among {every}, got {name!r}")
     backends.require(backend)
-    has = {None, *backends.BACKENDS[backend].penalties()}
-    for name in penalties or ():
+    has, devices = penalties_of(backend), devices_of(backend)
+    chosen = has if penalties is None else penalties
+    for name in chosen:
         if name not in has:
-            raise ValueError(f"backend {backend!r} has no penalty {name!r}")
+            raise ValueError(f"penalties must be among {has} for {backend!r}, got {name!r}")
+    device = devices[0] if device is None else device
+    if device not in devices:
+        raise ValueError(f"device must be among {devices} for {backend!r}, got {device!r}")
     lacking = [name for name in PENALTIES if name not in has] if penalties is None else []
-    chosen = [name for name in every if name in has] if penalties is None else penalties
     seed = secrets.randbelow(2**31) if seed is None else seed
     generator = np.random.default_rng(seed)
     checks: list[Check] = []
     bounds = bounds_of(backend)
-    where = _device(backend, device)
+    where = torch.device(device)
     with backends.use_backend(backend):
         for part in PARTS:
             checks += part(generator, bounds, where, chosen)
     return Report(backend, seed, tuple(checks), tuple(lacking))
 
 
-def _device(backend: str, name: str | None) -> torch.device:
-    """Return the device that a name means; ValueError where the backend cannot run on it."""
+def penalties_of(backend: str) -> list[str | None]:
+    """Return the penalties that a backend has; None, no penalty, is the first."""
+    has = backends.BACKENDS[backend].penalties()
+    return [None, *(name for name in PENALTIES if name in has)]
+
+
+def devices_of(backend: str) -> list[str]:
+    """Return the devices that a backend runs on here, the one that `verify` prefers first."""
     on_gpu = {"triton": not triton_launch.interpreting(), "cuda": not cuda.emulated()}
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if backend == "reference":
-        allowed = ["cpu", *(["cuda", *gpus] if gpus else [])]
-    else:
-        allowed = ["cuda", *gpus] if on_gpu.get(backend) else ["cpu"]
-    if name is not None and name not in allowed:
-        names = ", ".join(allowed)
-        raise ValueError(f"device must be among {names} for backend {backend!r}, got {name!r}")
-    return torch.device(name or allowed[0])
+        return ["cpu", *(["cuda", *gpus] if gpus else [])]
+    return ["cuda", *gpus] if on_gpu.get(backend) else ["cpu"]
