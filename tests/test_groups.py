@@ -60,6 +60,24 @@ def test_weights_are_regularized_and_nothing_else_is():
     assert groups["hidden.weight"]["params"] == [model.hidden.weight]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_what_a_weight_is_computed_from_stays_unregularized_and_is_named():
+    """A direction that became zero would make the weight NaN."""
+    old = nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3))
+    new = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)), nn.Linear(8, 3))
+    for model, last, name in ((old, "2.weight", "0.weight_v"), (new, "1.weight", ".original1")):
+        with pytest.warns(RuntimeWarning, match=f"computed from 0.*{name}, which stay unregul"):
+            groups = tk.param_groups(model, lam=10.0)
+        assert [group["name"] for group in groups] == [last, "unregularized"]
+        optimizer = tk.ProxSGD(groups, lr=0.1)
+        for _ in range(3):
+            loss = model(torch.randn(4, 5)).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert model(torch.randn(4, 5)).isfinite().all()
+
+
 def test_the_schedule_runs_from_mu_min_to_one_minus_mu_min():
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
     for mu_min in (0.0, 0.2, 0.5):

@@ -149,3 +149,20 @@ def test_a_change_of_a_number_builds_no_new_plan(change):
         optimizer.step()
         kept.append(optimizer._planned.batches)
     assert kept == [kept[0]] * 4
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_parameters_that_share_memory_are_updated_one_after_the_other(momentum):
+    """As torch does: side by side, one would overwrite the other."""
+    memory = torch.randn(60_000)
+    results = []
+    for optimizer_of in (torch.optim.SGD, tk.ProxSGD):
+        here = memory.clone()
+        params = [torch.nn.Parameter(x) for x in (here, here[:40_000], here[50_000:], here[5:9])]
+        optimizer = optimizer_of(params, lr=0.1, momentum=momentum)
+        for k in range(3):
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, i + k + 1.0)
+            optimizer.step()
+        results.append(here)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)

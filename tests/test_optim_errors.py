@@ -129,11 +129,12 @@ def test_bad_gradients_change_nothing_not_even_the_good_tensors():
         (torch.ones(2, 2, dtype=torch.complex64), TypeError, "params must have .*complex64"),
         (torch.ones(2, 4)[:, :2], ValueError, r"dense.*strides \(4, 1\)"),
         (torch.ones(2).expand(3, 2), ValueError, r"dense.*strides \(0, 1\)"),
+        (torch.nn.LazyLinear(5).weight, ValueError, "params must be initialized, got Uninit"),
     ],
 )
 def test_bad_parameters_are_refused_at_construction(p, error, message):
     with pytest.raises(error, match=message):
-        tk.ProxSGD([p.requires_grad_()], lam=0.1)
+        tk.ProxSGD([p if p.requires_grad else p.requires_grad_()], lam=0.1)
 
 
 def test_unknown_options_are_refused():

@@ -257,6 +257,14 @@ def test_in_place_and_out_give_the_same_bits(v, group_by):
     assert same.stride() == v.stride()
 
 
+@pytest.mark.parametrize("shift", [-37, 0, 64])
+def test_out_may_overlap_v(shift):
+    memory = torch.randn(1200)
+    v, out = memory[100:1100].view(100, 10), memory[100 + shift : 1100 + shift].view(100, 10)
+    want = tk.prox(v.clone(), 0.1, group_by="in")
+    assert torch.equal(tk.prox(v, 0.1, group_by="in", out=out), want)
+
+
 def test_a_tensor_with_gaps_can_be_read_but_not_written_in_place():
     wide = torch.randn(6, 8, dtype=torch.float64)
     v = wide[:, ::2]
@@ -391,6 +399,14 @@ def test_penalty_value_has_a_gradient_also_at_zero_groups():
     tk.penalty_value(w, group_by="out").backward()
     assert w.grad.isfinite().all()
     assert w.grad[0].ne(0).all()
+
+
+@pytest.mark.parametrize("penalty", [name for name in tk.PENALTIES if name != "l0"])
+@pytest.mark.parametrize("lam", [0.0, 0.3])
+def test_penalty_value_has_a_gradient_also_at_zeros(penalty, lam):
+    w = torch.tensor([[0.0, 1.0], [-2.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    tk.penalty_value(w, lam=lam, penalty=penalty, group_by="out").backward()
+    assert w.grad.isfinite().all()
 
 
 def test_mu_none_gives_all_of_lam_to_the_only_term():

@@ -52,6 +52,19 @@ def test_a_step_uses_the_scheduled_lam():
     assert cuts == [0.0, 1.0, 2.0, 2.0]
 
 
+def test_on_the_groups_of_a_model_what_is_unregularized_stays_so():
+    for option, start in (("lam", 0.0), ("mu", 0.0), ("a", 9.0)):
+        groups = tk.param_groups(torch.nn.Sequential(torch.nn.Linear(3, 4)), lam=0.3, a=0.1)
+        optimizer = tk.ProxSGD(groups, lr=0.1)
+        before = dict(optimizer.param_groups[1])
+        scheduler = tk.LamScheduler(optimizer, steps=2, option=option, start=start)
+        assert optimizer.param_groups[0][option] == start
+        optimizer.step()
+        scheduler.step()
+        assert start != optimizer.param_groups[0][option]
+        assert {name: optimizer.param_groups[1][name] for name in before} == before
+
+
 @pytest.mark.parametrize(("option", "start", "end"), [("mu", 1.0, 0.25), ("a", 100.0, 0.5)])
 def test_mu_and_a(option, start, end):
     optimizer = optimizer_of(penalty="tl1", group_by="in", **{option: end})
@@ -120,6 +133,7 @@ def test_a_checkpoint_resumes_to_the_bit():
         ({"steps": 0}, "steps must be an int >= 1, got 0"),
         ({"delay": -1}, "delay must be an int >= 0, got -1"),
         ({"start": -1.0}, r"start=-1.0 is no value of lam: lam must be finite and >= 0"),
+        ({"option": "a"}, r"start must be a number > 0 for option='a', got None"),
         (
             {"option": "a", "start": 0.0},
             "start=0.0 is no value of a: a must be None or finite and > 0",

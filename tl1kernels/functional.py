@@ -67,15 +67,22 @@ def prox(
     eta = number_or_tensor("step", step)
     options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
     reg = Regularizer.of({**options, "group_by": group_by, "group_weight": group_weight})
+    source = v.detach()
     if out is None:
         out = torch.empty_like(v, memory_format=torch.preserve_format, requires_grad=False)
     else:
         _check_out(out, v)
+        if source.data_ptr() != out.data_ptr() and _share_memory(source, out):
+            source = source.clone()  # what has been written would be read as v's
     view = view_of(out, group_by)
     reg.check_step("step", eta)
     entry = Entry(out, view, Numbers({"lr": eta}, reg.terms(view)))
-    plan.execute(plan.prepare([(Assign(), penalty, entry, v.detach())], backend))
+    plan.execute(plan.prepare([(Assign(), penalty, entry, source)], backend))
     return out
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def prox_(v: Tensor, step: float | Tensor, **options: Unpack[Options]) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tl1kernels.penalties import PENALTIES, Regularizer, number
 from tl1kernels.views import GroupBy, view_of
@@ -19,11 +21,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 def param_groups(
     model: nn.Module,
     *,
-    lam: float,
+    lam: float | Tensor,
     penalty: str | None = "tl1",
-    a: float | None = None,
+    a: float | Tensor | None = None,
     group_by: GroupBy = "auto",
-    mu: float | None = None,
+    mu: float | Tensor | None = None,
     mu_min: float = 0.2,
     group_weight: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -33,6 +35,9 @@ def param_groups(
     module that is neither a normalization nor an embedding, in the order in which the model
     registers them. Everything else (biases, norm scales, embeddings) goes to a last group
     with lam = 0. A parameter shared by several modules is taken once, where it first appears.
+    Also there, with a warning that names them, goes what a weight is computed from
+    (`weight_norm`, `torch.nn.utils.parametrize`): it has zeros of its own, and may have no
+    direction at zero.
 
     Where both terms are there (a penalty and groups), layer l of L gets, unless `mu` is given,
 
@@ -92,9 +97,15 @@ def _neurons(module: nn.Module, group_by: GroupBy) -> GroupBy:
     return dims.get(group_by, group_by)
 
 
+def _is_normed(module: nn.Module, name: str) -> bool:
+    """Return whether a parameter is of `torch.nn.utils.weight_norm`: a length or a direction."""
+    both = {f"{name[:-2]}_g", f"{name[:-2]}_v"}
+    return name in both and both <= dict(module.named_parameters(recurse=False)).keys()
+
+
 def _weights(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Tensor]], list[Tensor]]:
     """Return the (name, module, weight) to regularize, and all other parameters, each once."""
-    weights, rest = [], []
+    weights, rest, computed = [], [], []
     seen: set[torch.nn.Parameter] = set()
     for path, module in model.named_modules():
         exempt = isinstance(module, _EXEMPT)
@@ -102,8 +113,19 @@ def _weights(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Tensor]], lis
             if parameter in seen:
                 continue
             seen.add(parameter)
-            if parameter.ndim >= 2 and "weight" in name and not exempt:
-                weights.append((f"{path}.{name}".lstrip("."), module, parameter))
+            full_name = f"{path}.{name}".lstrip(".")
+            if isinstance(module, ParametrizationList) or _is_normed(module, name):
+                rest.append(parameter)
+                computed += [full_name] if parameter.ndim >= 2 else []
+            elif parameter.ndim >= 2 and "weight" in name and not exempt:
+                weights.append((full_name, module, parameter))
             else:
                 rest.append(parameter)
+    if computed:
+        names = ", ".join(computed)
+        warnings.warn(
+            f"tl1kernels: weights are computed from {names}, which stay unregularized",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return weights, rest

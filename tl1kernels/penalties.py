@@ -64,6 +64,12 @@ def _exclusive(w: Tensor, weight: float, a: float) -> Tensor:
     return weight / 2 * w.abs().sum(dim=(1, 3)).square().sum()
 
 
+def _root(w: Tensor, power: float) -> Tensor:
+    """Return |w|^power; where w is 0 its gradient is 0, one of the subgradients, and not NaN."""
+    alive = w != 0
+    return torch.where(alive, torch.where(alive, w, 1).abs().pow(power), 0)
+
+
 def _l1_minus_l2(w: Tensor, weight: float, a: float) -> Tensor:
     norms = torch.linalg.vector_norm(w, dim=(1, 3))
     return weight * (w.abs().sum() - norms.sum())
@@ -113,12 +119,12 @@ PENALTIES: dict[str, Penalty] = {
         Penalty(
             "l_half",
             "|w|^(1/2): Xu, Chang, Xu & Zhang 2012",
-            lambda w, weight, a: weight * w.abs().sqrt().sum(),
+            lambda w, weight, a: weight * _root(w, 1 / 2).sum(),
         ),
         Penalty(
             "l_two_thirds",
             "|w|^(2/3): Krishnan & Fergus 2009; Cao, Sun & Xu 2013",
-            lambda w, weight, a: weight * w.abs().pow(2 / 3).sum(),
+            lambda w, weight, a: weight * _root(w, 2 / 3).sum(),
         ),
         Penalty(
             "l1_minus_l2",
@@ -151,7 +157,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tl1": {"penalty": "tl1", "group_by": None},
     "integrated_tl1": {"penalty": "tl1", "group_by": "auto"},
 }
-"""The regularizers that the paper compares, as options: `param_groups(model, **PRESETS[name])`."""
+"""The regularizers that the paper compares, as options:
+`param_groups(model, lam=lam, **PRESETS[name])`."""
 
 
 class Options(TypedDict, total=False):

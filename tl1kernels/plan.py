@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from tl1kernels import backends
 from tl1kernels.batch import Batch, Entry, Rule
@@ -21,11 +23,13 @@ def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
     Nothing is changed yet: whatever refuses, refuses here.
     """
     batches: dict[tuple[object, ...], Batch] = {}
-    for rule, penalty, entry, grad in work:
+    work = list(work)
+    turns = _turns([entry.param for _, _, entry, _ in work])
+    for turn, (rule, penalty, entry, grad) in zip(turns, work, strict=True):
         p, copy = entry.param, entry.copy
         stochastic = entry.stochastic and p.dtype == torch.bfloat16
         copy_dtype = None if copy is None else copy.dtype
-        key = (p.device, p.dtype, rule, penalty, stochastic, copy_dtype)
+        key = (turn, p.device, p.dtype, rule, penalty, stochastic, copy_dtype)
         if key not in batches:
             batch = Batch(p.device, p.dtype, rule, penalty, [], [])
             batch.stochastic, batch.copy_dtype = stochastic, copy_dtype
@@ -33,6 +37,29 @@ def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
         batches[key].entries.append(entry)
         batches[key].grads.append(grad)
     return [(backends.select(batch, backend), batch) for batch in batches.values()]
+
+
+def _turns(params: Sequence[Tensor]) -> list[int]:
+    """Return for each tensor after how many others, with which it shares memory, its step comes.
+
+    A batch's tensors are updated side by side; of those that overlap, one after the other.
+    """
+    if any(type(p) not in (Tensor, torch.nn.Parameter) or p.is_meta for p in params):
+        return [0] * len(params)  # who knows where such a tensor's memory is
+    spans = [(p.device, p.data_ptr(), p.data_ptr() + p.numel() * p.itemsize) for p in params]
+    if not _overlap(spans):
+        return [0] * len(params)
+    turns: list[int] = []
+    for i, (device, begin, end) in enumerate(spans):
+        before = (turns[j] for j in range(i) if _overlap([spans[j], (device, begin, end)]))
+        turns.append(1 + max(before, default=-1))
+    return turns
+
+
+def _overlap(spans: Sequence[tuple[torch.device, int, int]]) -> bool:
+    """Return whether any two of some spans of memory have an address in common."""
+    ordered = sorted((s for s in spans if s[1] < s[2]), key=lambda s: (str(s[0]), s[1]))
+    return any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(ordered))
 
 
 @torch.no_grad()
@@ -136,6 +163,9 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless `tensor` is a strided real floating-point tensor of a known dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if is_lazy(tensor):
+        kind = type(tensor).__name__
+        raise ValueError(f"{name} must be initialized, got {kind}: run the model once before")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
     if tensor.dtype not in FLOAT_DTYPES:

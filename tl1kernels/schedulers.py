@@ -28,14 +28,14 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
     with lr, the scheduler is made before a checkpoint of the optimizer is loaded. The group's own
     value waits in the group as `initial_lam` (`initial_mu`, `initial_a`), which a later scheduler
     leads to as well: change it there. A group that is added later joins in; one with lam = 0 stays
-    unregularized.
+    as it is.
 
     Args:
         optimizer: one of this package's.
         shape: "constant" (`start`, then the group's value), "linear", or "cubic".
         steps: how many steps the way takes, >= 1.
         option: what is led: "lam", "mu" or "a".
-        start: the value at the beginning.
+        start: the value at the beginning; None for 0, which is no value of "a".
         delay: steps before the way begins, >= 0.
         last_epoch: as in torch: steps taken; -1 begins anew.
 
@@ -50,7 +50,7 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
         *,
         steps: int,
         option: str = "lam",
-        start: float = 0.0,
+        start: float | None = None,
         delay: int = 0,
         last_epoch: int = -1,
     ) -> None:
@@ -61,13 +61,17 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
         for name, count, least in (("steps", steps, 1), ("delay", delay, 0)):
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise ValueError(f"{name} must be an int >= {least}, got {count!r}")
-        start = number("start", start)
+        if start is None and option == "a":
+            raise ValueError("start must be a number > 0 for option='a', got None")
+        start = 0.0 if start is None else number("start", start)
         try:
             Regularizer.of({option: start})
         except ValueError as error:
             raise ValueError(f"start={start} is no value of {option}: {error}") from None
         for i, group in enumerate(getattr(optimizer, "param_groups", ())):
             value = group.get(option)
+            if "lam" in group and not _is_led(group):
+                continue
             if value is None:
                 got = "None" if option in group else "no such option"
                 raise ValueError(f"{option} of param group {i} must be a number, got {got}")
@@ -102,7 +106,7 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
         way = SHAPES[self.shape](share)
         ends = self._ends()
         for group, end in zip(self.optimizer.param_groups, ends, strict=True):
-            if self.option == "lam" and end == 0:
+            if end is None or not _is_led(group):
                 continue
             value = end if way == 1 else self.start + (end - self.start) * way
             if isinstance(group[self.option], Tensor):
@@ -110,7 +114,7 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
             else:
                 group[self.option] = value
 
-    def _ends(self) -> list[float]:
+    def _ends(self) -> list[float | None]:
         """Return each group's own value, before any is written: groups may share a tensor."""
         name, shared = f"initial_{self.option}", {}
         for group in self.optimizer.param_groups:
@@ -118,7 +122,13 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
                 shared[id(group[self.option])] = group[name]
         for group in self.optimizer.param_groups:
             present = group[self.option]
-            if name not in group:
+            if name not in group and present is not None:
                 is_shared = isinstance(present, Tensor) and id(present) in shared
                 group[name] = shared[id(present)] if is_shared else float(present)
-        return [group[name] for group in self.optimizer.param_groups]
+        return [group.get(name) for group in self.optimizer.param_groups]
+
+
+def _is_led(group: Mapping[str, Any]) -> bool:
+    """Return whether a param group is regularized, at present or at the end of a schedule."""
+    lam = group.get("initial_lam", group["lam"])
+    return isinstance(lam, Tensor) or lam != 0

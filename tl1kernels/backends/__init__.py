@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 
@@ -39,8 +39,7 @@ _chosen: ContextVar[str | None] = ContextVar("tl1kernels_backend", default=_UNSE
 _warned: set[str] = set()
 
 
-@contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
+def use_backend(name: str | None) -> AbstractContextManager[None]:
     """Run every step and prox inside the `with` block on one backend; None chooses by device.
 
     It comes before the environment variable TL1KERNELS_BACKEND, and after a `backend=` argument.
@@ -50,6 +49,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         RuntimeError: it cannot run here; the message says why.
     """
     require(name)
+    return _use(name)
+
+
+@contextmanager
+def _use(name: str | None) -> Iterator[None]:
     token = _chosen.set(name)
     try:
         yield
