@@ -130,6 +130,31 @@ def test_a_models_parameters(against_on_gpu, backend, model, rule):
     )
 
 
+def test_a_models_parameters_while_lr_changes(against_on_gpu, backend):
+    shapes = MODELS["ResNet-50"]()
+    mine, theirs = ([fresh(shape, device="cuda") for shape in shapes] for _ in range(2))
+    peer = "torch SGD, fused, no prox"
+    against_on_gpu(
+        f"{backend}, SGD, a ResNet-50's {len(shapes)} tensors, lr changes each step, host included",
+        changing_lr(tk.ProxSGD(mine, lr=LR, fused=True, **REGULARIZER)),
+        {peer: changing_lr(torch.optim.SGD(theirs, lr=LR, fused=True))},
+        {peer: 1.15},
+        step_bytes("SGD", mine),
+        host=True,
+    )
+
+
+def changing_lr(optimizer):
+    """Return a step before which lr becomes another, as under a scheduler."""
+    (group,) = optimizer.param_groups
+
+    def step():
+        group["lr"] = 2 * LR if group["lr"] == LR else LR
+        optimizer.step()
+
+    return step
+
+
 def test_the_papers_step_eager_and_compiled(against_on_gpu, backend):
     p, q, r = (fresh((SIZE, SIZE), device="cuda") for _ in range(3))
     compiled = torch.compile(eager_step)

@@ -222,7 +222,7 @@ class Runner {
 
   [[gnu::always_inline]] static A shrunk(A v, A factor, A cut) {
     const A size = magnitude_of(v);
-    return with_sign_of(factor * (size <= cut ? A(0) : size - cut), v);
+    return with_sign_of(factor * (size < cut ? A(0) : size - cut), v);
   }
 
   // Stores v, the weights of a row from column `col` on, with what `shrinks`, from the group of

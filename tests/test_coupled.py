@@ -171,6 +171,13 @@ def test_where_the_threshold_reaches_the_largest_weight_it_is_kept_alone(
     torch.testing.assert_close(w, torch.where(alone, v, 0), rtol=1e-6, atol=0)
 
 
+def test_an_infinity_is_not_taken_for_a_dead_weight(penalty):
+    v = torch.tensor([[math.inf, 1.0], [1.0, -2.0]])
+    w = tk.prox(v, 0.1, penalty=penalty, group_by="in")
+    assert not w[0, 0].isfinite()
+    assert w[:, 1].isfinite().all()
+
+
 def test_a_nan_spoils_its_group_and_zeros_stay_plus_zero(penalty):
     v = torch.randn(4, 100)
     v[1, 2], v[2] = math.nan, -0.0

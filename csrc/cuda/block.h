@@ -4,12 +4,21 @@
 
 #include <stdint.h>
 
+#include "work.h"
+
 #ifdef __CUDACC__
 #define TL1_DEVICE __device__ __forceinline__
 
 namespace tl1::gpu {
 
 TL1_DEVICE int thread() { return threadIdx.x; }
+// The same, asked for anew, so that the compiler keeps nothing that it computes from it in registers
+// from one item to the next: the loops over weights have none to spare.
+TL1_DEVICE int thread_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 TL1_DEVICE int block() { return blockIdx.x; }
 TL1_DEVICE int blocks() { return gridDim.x; }
 TL1_DEVICE void sync() { __syncthreads(); }
@@ -53,6 +62,10 @@ TL1_DEVICE void store_global(const T& x, T* at) {
     asm volatile("st.global.u16 [%0], %1;" :: "l"(to), "h"(static_cast<uint16_t>(raw[0])) : "memory");
   }
 }
+// Into the L2 cache.
+TL1_DEVICE void bring_near(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(__cvta_generic_to_global(at)));
+}
 // A thread's copies to shared memory, 8 or 16 bytes each. What it asks for until `commit_copies` is a
 // batch; `await_copies` returns when all batches but the last N are there, for this thread to read.
 template <int BYTES>
@@ -76,35 +89,24 @@ TL1_DEVICE uint32_t product_high(uint32_t a, uint32_t b) { return __umulhi(a, b)
 template <class T>
 TL1_DEVICE T shuffle_xor(T x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
-// Between blocks. What was written before `arrive` or `announce`, by any thread of the block, is
-// seen after the last `arrive`, or after `await`, which returns when a counter has a value.
+// Between blocks. A post is written and read in one access, which no cache of a multiprocessor answers.
 TL1_DEVICE int take_ticket(int32_t* counter) { return atomicAdd(counter, 1); }
-TL1_DEVICE int arrive(int32_t* counter) {
-  __threadfence();
-  const int before = atomicAdd(counter, 1);
-  __threadfence();
-  return before;
+TL1_DEVICE void put(Post* at, Post post) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;"
+               :: "l"(__cvta_generic_to_global(at)), "l"(uint64_t(post.launch) << 32 | post.number)
+               : "memory");
 }
-TL1_DEVICE void announce(int32_t* flag) {
-  __threadfence();
-  atomicExch(flag, 1);
+TL1_DEVICE Post look(const Post* at) {
+  uint64_t both;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+               : "=l"(both) : "l"(__cvta_generic_to_global(at)) : "memory");
+  return {static_cast<uint32_t>(both), static_cast<uint32_t>(both >> 32)};
 }
-TL1_DEVICE void await(int32_t* counter, int value) {
-  int32_t seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                 : "=r"(seen) : "l"(__cvta_generic_to_global(counter)) : "memory");
-  } while (seen < value);
-}
-// What another block has written, which no cache of this one may have.
-template <class T>
-TL1_DEVICE T from_others(const T* at) {
-  static_assert(sizeof(T) % 4 == 0);
-  T x;
-  for (size_t i = 0; i < sizeof(T) / 4; i++) {
-    reinterpret_cast<int32_t*>(&x)[i] = __ldcg(reinterpret_cast<const int32_t*>(at) + i);
-  }
-  return x;
+TL1_DEVICE uint32_t await(const Post* at, uint32_t launch) {
+  Post post;
+  do post = look(at);
+  while (post.launch != launch);
+  return post.number;
 }
 
 }  // namespace tl1::gpu

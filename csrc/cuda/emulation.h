@@ -152,6 +152,7 @@ class Emulation {
 };
 
 TL1_DEVICE int thread() { return Emulation::now->current % THREADS; }
+TL1_DEVICE int thread_anew() { return thread(); }
 TL1_DEVICE int block() { return Emulation::now->current / THREADS; }
 TL1_DEVICE int blocks() { return Emulation::now->blocks; }
 inline void sync() { Emulation::now->wait(Emulation::now->of_blocks[block()]); }
@@ -165,6 +166,7 @@ TL1_DEVICE void store_global(const T& x, T* at) {
   Emulation::check_aligned(at);
   *at = x;
 }
+TL1_DEVICE void bring_near(const void*) {}
 // What is under way is a NaN.
 template <int BYTES>
 void copy_ahead(unsigned char* to, const void* from) {
@@ -203,12 +205,15 @@ T shuffle_xor(T x, int lanes) {
   return x;
 }
 inline int take_ticket(int32_t* counter) { return (*counter)++; }
-inline int arrive(int32_t* counter) { return (*counter)++; }
-inline void announce(int32_t* flag) { *flag = 1; }
-inline void await(const int32_t* counter, int value) {
-  while (*counter < value) Emulation::now->yield();
+inline void put(Post* at, Post post) {
+  *at = post;
+  Emulation::now->progress++;
 }
-template <class T>
-T from_others(const T* at) { return *at; }
+inline Post look(const Post* at) { return *at; }
+inline uint32_t await(const Post* at, uint32_t launch) {
+  while (at->launch != launch) Emulation::now->yield();
+  Emulation::now->progress++;
+  return at->number;
+}
 
 }  // namespace tl1::gpu

@@ -81,7 +81,7 @@ struct Outcome<A, true> {
   }
   TL1_DEVICE A of_weight(A v, int64_t offset) const {
     const A size = magnitude_of(v);
-    const A w = (size <= cut ? A(0) : size - cut) * factor;  // a NaN spoils all of them
+    const A w = (size < cut ? A(0) : size - cut) * factor;  // not <=: of two infinities NaN is left
     return offset == kept_at ? kept : with_sign_of(w, v);
   }
 };

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS)
 
 void launch_prepare(const Work& work, bool wide, const Place& place) {
   check(cudaSetDevice(place.device), "choosing the device");
-  const int64_t n = std::max(work.n_tensors, 1 + 2 * work.n_teams);
+  const int64_t n = work.n_tensors;
   const unsigned blocks = static_cast<unsigned>((n + PREPARE_THREADS - 1) / PREPARE_THREADS);
   const auto kernel = wide ? prepare_kernel<double> : prepare_kernel<float>;
   kernel<<<blocks, PREPARE_THREADS, 0, static_cast<cudaStream_t>(place.stream)>>>(work);
@@ -42,8 +42,8 @@ int resident_blocks(Kernel kernel, size_t shared_bytes, int device) {
   static std::mutex mutex;
   static std::map<std::tuple<Kernel, size_t, int>, int> known;  // asked for once
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [found, is_new] = known.try_emplace({kernel, shared_bytes, device}, 0);
-  if (!is_new) return found->second;
+  const std::tuple key(kernel, shared_bytes, device);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
   check(cudaSetDevice(device), "choosing the device");
   int most = 0, each = 0, processors = 0;
   cudaFuncAttributes attributes;
@@ -59,14 +59,15 @@ int resident_blocks(Kernel kernel, size_t shared_bytes, int device) {
         "counting blocks");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
         "counting multiprocessors");
-  return found->second = each * processors;
+  return known[key] = each * processors;
 }
 
-void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, const Place& place) {
+void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int64_t in_a_team, const Place& place) {
   const int64_t items = std::max({work.n_resident, work.n_split, int64_t(1)});
   const int most = resident_blocks(kernel, shared_bytes, place.device);
   STD_TORCH_CHECK(most > 0, "no multiprocessor has room for a block of ", shared_bytes,
                   " bytes of shared memory");
+  STD_TORCH_CHECK(most >= in_a_team, "a team of ", in_a_team, " blocks, of which ", most, " run at the same time");
   // The blocks of a team wait for each other: all of the grid must run, or none of it.
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -77,7 +78,7 @@ void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, const Pl
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(place.stream);
   config.attrs = &cooperative;
-  config.numAttrs = work.n_teams > 0;
+  config.numAttrs = work.teams;
   void* arguments[] = {const_cast<Work*>(&work)};
   check(cudaLaunchKernelExC(&config, kernel, arguments), "starting the tiles");
 }

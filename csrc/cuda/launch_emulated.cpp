@@ -13,12 +13,12 @@ constexpr int BLOCKS = 8;  // at most: enough for items to be shared out, and fo
 }  // namespace
 
 void launch_prepare(const Work& work, bool wide, const Place&) {
-  for (int64_t i = 0; i < std::max(work.n_tensors, 1 + 2 * work.n_teams); i++) {
+  for (int64_t i = 0; i < work.n_tensors; i++) {
     wide ? prepare<double>(work, i) : prepare<float>(work, i);
   }
 }
 
-void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, const Place&) {
+void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int64_t, const Place&) {
   const auto run = reinterpret_cast<void (*)(const Work&)>(const_cast<void*>(kernel));
   const int64_t items = std::max({work.n_resident, work.n_split, int64_t(1)});
   Emulation::run(static_cast<int>(std::min<int64_t>(items, BLOCKS)), shared_bytes, [&] { run(work); });

@@ -1,5 +1,5 @@
 // What runs before the tiles: each tensor's numbers, those on the device too, become its record, in
-// float64; and the counters of tickets and arrivals begin at 0.
+// float64; and a launch begins, with no ticket taken.
 
 #pragma once
 
@@ -106,10 +106,10 @@ struct Prepared {
   }
 };
 
-// One thread's part: tensor i, counter i.
+// One thread's part: tensor i.
 template <class A>
 TL1_ONCE void prepare(const Work& work, int64_t i) {
-  if (i < 1 + 2 * work.n_teams) work.sync[i] = 0;
+  if (i == 0) *work.counters = {0, work.counters->launch + 1};
   if (i < work.n_tensors && *work.found_inf == 0) Prepared<A>::tensor(work, i);
 }
 

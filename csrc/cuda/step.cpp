@@ -78,7 +78,7 @@ Shared shared_of(const Instance& kernel, int64_t parts, int64_t outcomes, int64_
   using O = Outcome<A, COUPLED>;
   const auto up = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
   Shared shared;
-  shared.parts_at = up(RING_AT + kernel.ring + TEAM_GROUPS * sizeof(M));
+  shared.parts_at = up(RING_AT + kernel.ring);
   shared.outcomes_at = up(shared.parts_at + parts * sizeof(M));
   shared.waiting_at = up(shared.outcomes_at + outcomes * sizeof(O));
   shared.bytes = shared.waiting_at + waiting * sizeof(A);
@@ -103,13 +103,13 @@ T* data(const char* name, const Tensor& tensor, ScalarType type, int64_t columns
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, const Tensor sync,
-                const Tensor partials, const Tensor factors, const Tensor resident, const Tensor split,
-                const Tensor grad_scale, const Tensor found_inf, const std::string dtype,
-                const std::string grad_dtype, const std::string rule,
-                const std::optional<std::string> penalty, bool maximize, bool nesterov,
-                bool decoupled, int64_t seed, int64_t parts, int64_t outcomes, int64_t waiting,
-                int64_t piece, int64_t device, int64_t stream) {
+void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, const Tensor posts,
+                const Tensor resident, const Tensor split, const Tensor grad_scale,
+                const Tensor found_inf, const std::string dtype, const std::string grad_dtype,
+                const std::string rule, const std::optional<std::string> penalty, bool maximize,
+                bool nesterov, bool decoupled, int64_t seed, int64_t launch, int64_t factors_at, int64_t parts,
+                int64_t outcomes, int64_t waiting, int64_t piece, int64_t in_a_team, int64_t device,
+                int64_t stream) {
   const Chosen chosen = choose(dtype, grad_dtype, rule, penalty);
   const Shared shared = shared_of(chosen, parts, outcomes, waiting, piece);
   Work work{};
@@ -122,10 +122,14 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
                   "scalars and records must have a row for each of the table");
   work.grad_scale = data<const float>("grad_scale", grad_scale, ScalarType::Float, 1);
   work.found_inf = data<const float>("found_inf", found_inf, ScalarType::Float, 1);
-  work.sync = data<int32_t>("sync", sync, ScalarType::Int, 1);
-  work.n_teams = (sync.numel() - 1) / 2;
-  work.partials = data<unsigned char>("partials", partials, ScalarType::Byte, 1);
-  work.factors = data<unsigned char>("factors", factors, ScalarType::Byte, 1);
+  static_assert(sizeof(Counters) == sizeof(int64_t) && sizeof(Post) == sizeof(int64_t));
+  int64_t* const kept = data<int64_t>("posts", posts, ScalarType::Long, 1);
+  STD_TORCH_CHECK(0 < factors_at && factors_at <= posts.numel(), "factors_at must be among the posts");
+  work.counters = reinterpret_cast<Counters*>(kept);
+  work.partials = reinterpret_cast<Post*>(kept + 1);
+  work.factors = reinterpret_cast<Post*>(kept + factors_at);
+  work.teams = posts.numel() > 1;
+  work.launch = static_cast<uint32_t>(launch);
   constexpr int ITEM_COLUMNS = sizeof(Item) / sizeof(int32_t);
   work.resident = data<const Item>("resident", resident, ScalarType::Int, ITEM_COLUMNS);
   work.n_resident = resident.numel() / ITEM_COLUMNS;
@@ -141,8 +145,8 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
   work.seed = seed;
   work.maximize = maximize, work.nesterov = nesterov, work.decoupled = decoupled;
   const Place place{static_cast<int>(device), reinterpret_cast<void*>(stream)};
-  launch_prepare(work, chosen.wide, place);
-  launch_tiles(chosen.instance.kernel, work, shared.bytes, place);
+  if (launch == 0) launch_prepare(work, chosen.wide, place);
+  launch_tiles(chosen.instance.kernel, work, shared.bytes, in_a_team, place);
 }
 
 // Why no kernel can run on the device; "" if they can. All are compiled for the same GPUs.
@@ -190,16 +194,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tl1kernels, m) {
   // A step on tensors of one dtype, in place, at the addresses in `table` (backends/cuda.py).
   //   table                int64 (n, columns of work.h's Row)
   //   scalars              float64 (n, columns as cuda_scalar_names() has them)
-  //   records, sync, partials, factors   workspace: no value is kept from step to step
+  //   records              what `prepare` makes of the scalars
+  //   posts                int64 (1 + partials + factors), 0 before the first step and kept from step to
+  //                        step: work.h's counters, then what blocks leave for each other; the outcomes
+  //                        from `factors_at` on
   //   resident, split      int32 (items, 4), of cuda_schedule.py
   //   grad_scale, found_inf  float32, one each
+  //   launch               0; or, where the records of the last step are this one's too, a number from
+  //                        2^31 on that no step with these posts has had: `prepare` does not run then,
+  //                        and there must be no split items
   //   seed                 of the dtype "stochastic_bfloat16": bfloat16, rounded so (random.h)
   //   parts, outcomes, waiting, piece   entries in shared memory
+  //   in_a_team            blocks that wait for each other, at most
   m.def(
-      "cuda_step_(Tensor table, Tensor scalars, Tensor(a!) records, Tensor(b!) sync, "
-      "Tensor(c!) partials, Tensor(d!) factors, Tensor resident, Tensor split, Tensor grad_scale, "
-      "Tensor found_inf, str dtype, str grad_dtype, str rule, str? penalty, bool maximize, "
-      "bool nesterov, bool decoupled, int seed, int parts, int outcomes, int waiting, int piece, "
+      "cuda_step_(Tensor table, Tensor scalars, Tensor(a!) records, Tensor(b!) posts, "
+      "Tensor resident, Tensor split, Tensor grad_scale, Tensor found_inf, str dtype, "
+      "str grad_dtype, str rule, str? penalty, bool maximize, bool nesterov, bool decoupled, "
+      "int seed, int launch, int factors_at, int parts, int outcomes, int waiting, int piece, int in_a_team, "
       "int device, int stream) -> ()");
   m.def(
       "cuda_resident_blocks(str dtype, str grad_dtype, str rule, str? penalty, int parts, "

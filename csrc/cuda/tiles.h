@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "posts.h"
 #include "weights.h"
 
 namespace tl1::gpu {
@@ -33,8 +34,6 @@ class Block {
   static TL1_DEVICE X* there(int64_t bytes) { return reinterpret_cast<X*>(shared() + bytes); }
   TL1_DEVICE int32_t* slot() const { return there<int32_t>(0); }  // a number for all threads
   TL1_DEVICE Ring<C> ring() const { return Ring<C>(there<unsigned char>(RING_AT)); }
-  // What a team's member has measured, for the others.
-  TL1_DEVICE M* own() const { return there<M>(RING_AT + C::RING); }
   // Of a chunk's vectors, or of a member's threads; then of its groups; then a member's values.
   TL1_DEVICE M* parts() const { return there<M>(work.parts_at); }
   TL1_DEVICE O* outcomes() const { return there<O>(room ? work.of_team_at : work.outcomes_at); }
@@ -49,11 +48,8 @@ class Block {
 
   // What the block takes next. Registers have no room for all of a second job.
   struct Soon {
-    bool there;
-    Item it;
-    Cursor ahead;  // what is asked for next
-
-    TL1_DEVICE bool ready() const { return it.phase() == Phase::held; }  // for its weights to be read
+    const Item* it;  // null for nothing
+    Cursor ahead;    // what is asked for next
   };
   // Whether several blocks have it, which wait for each other.
   TL1_DEVICE bool of_team(const Item& it) const {
@@ -75,69 +71,68 @@ class Block {
   TL1_DEVICE explicit Block(const Work& work) : work(work) {}
 
   // A block of a team goes on to its next item before it waits for the others; the values of both wait
-  // in shared memory. Nobody waits for ever: whatever a block waits for was begun before what it holds.
+  // in shared memory. Nobody waits for ever: a block waits for a team's measures only once it has left
+  // its own, and when that waits for anything it is for teams that come earlier.
   TL1_DEVICE void run() {
     if (*work.found_inf != 0) return;
     Soon soon;
     look_ahead(soon);
-    int held = -1;  // of a piece that waits: twice its place in `resident`, + 1 in the second room
-    while (soon.there || held >= 0) {
-      room = !soon.there || !of_team(soon.it) ? 0 : held >= 0 ? 2 - (held & 1) : 1;
-      bool waits = false;
-      if (soon.there && (room || held < 0)) {
-        soon.it.vectors() ? passes<true>(soon) : passes<false>(soon);
-        waits = room;
+    // Of a piece that waits: four times its place in `resident`, + 1 in the second room, + 2 as long as
+    // the warp owes its team a share of the sums.
+    int held = -1;
+    while (soon.it || held >= 0) {
+      room = !soon.it || !of_team(*soon.it) ? 0 : held >= 0 ? 2 - (held & 1) : 1;
+      if (soon.it && (room || held < 0)) soon.it->vectors() ? passes<true>(soon) : passes<false>(soon);
+      const int before = held, now = room, at = place - (soon.it ? 2 : 1) * blocks();
+      if (before >= 0) {
+        room = 1 + (before & 1);
+        if (before & 2) sum_up_share(before / 4, true);
+        finish_held(before / 4);
       }
-      const int now = room, at = place - (soon.there ? 2 : 1) * blocks();
-      if (held >= 0) {
-        room = 1 + (held & 1);
-        finish_held(held / 2);
-      }
-      held = waits ? 2 * at + now - 1 : -1;
+      // Only now: the others have had time to measure theirs. If one has not, they get as long again.
+      const bool owes = now && !sum_up_share(at, false);
+      held = now ? 4 * at + 2 * owes + now - 1 : -1;
     }
   }
 
  private:
   // Split items by tickets: who waits for others waits for those that have begun. The others in turn:
   // a team has no more pieces than there are blocks, and each of them comes to its piece.
-  TL1_DEVICE bool next(Item& it) {
+  TL1_DEVICE const Item* next() {
     if (place < 0) {
-      if (thread() == 0) *slot() = take_ticket(work.sync);
+      if (thread() == 0) *slot() = take_ticket(&work.counters->tickets);
       sync();
       const int ticket = *slot();
       sync();
-      if (ticket < work.n_split) {
-        it = work.split[ticket];
-        return true;
-      }
+      if (ticket < work.n_split) return work.split + ticket;
       place = block();
     }
-    if (place >= work.n_resident) return false;
-    it = work.resident[place];
+    if (place >= work.n_resident) return nullptr;
+    const Item* const it = work.resident + place;
     place += blocks();
-    return true;
+    if (place < work.n_resident) bring_near(work.resident + place);  // nobody else reads there
+    return it;
   }
 
   // What the block takes next; its first weights are asked for.
   TL1_DEVICE void look_ahead(Soon& soon) {
-    soon.there = next(soon.it);
-    if (soon.there && soon.it.vectors() && soon.ready()) ring().ask_first(Job(work, soon.it), soon.ahead);
+    soon.it = next();
+    if (soon.it && soon.it->vectors()) ring().ask_first(Job(work, *soon.it, true), soon.ahead);
   }
 
   // All of an item, but for what a team's piece does when all others have measured theirs.
   template <bool VECTORS>
   TL1_DEVICE void passes(Soon& soon) {
-    const Job job(work, soon.it);
+    const Job job(work, *soon.it, VECTORS);
     const Shape shape = job.it.shape();
     const Phase phase = job.it.phase();
     const int groups = job.walk.groups;
     const bool measures = groups && phase != Phase::second;
     if (phase == Phase::second) fetch_outcomes(job);
-    if (VECTORS && !soon.ready()) ring().ask_first(job, soon.ahead);
     measures ? measure<VECTORS>(job, soon.ahead) : finish<VECTORS>(job, soon.ahead);
     look_ahead(soon);
     if (measures) {
-      gather(job);
+      sync();  // what has been measured is there
       if (shape == Shape::chunk) {
         of_chunk(job, VECTORS ? N : 1);
         release_chunk<VECTORS>(job);
@@ -146,19 +141,29 @@ class Block {
         release<VECTORS>(job);
       } else {
         leave(job);
-        if (last_of(job)) {
-          sum_up(job);
-          publish(job);
-        }
+        // The pieces of a split team begin in turn: those before the last one are under way.
+        if (phase == Phase::first && job.it.piece == job.row->pieces - 1) sum_up(job, 0, 1, true);
       }
     }
     if (groups) sync();  // the others have read what is here
   }
 
+  // The groups of a team are shared out among its pieces.
+  TL1_DEVICE bool sum_up_share(int place, bool waits) const {
+    const Item it = work.resident[place];
+    const Job job(work, it, it.vectors());
+    return sum_up(job, job.it.piece, static_cast<int>(job.row->pieces), waits);
+  }
+
   TL1_DEVICE void finish_held(int place) {
-    const Job job(work, work.resident[place]);
+    const Item it = work.resident[place];
+    it.vectors() ? finish_held<true>(it) : finish_held<false>(it);
+  }
+  template <bool VECTORS>
+  TL1_DEVICE void finish_held(const Item& it) {
+    const Job job(work, it, VECTORS);
     fetch_outcomes(job);
-    job.it.vectors() ? release<true>(job) : release<false>(job);
+    release<VECTORS>(job);
     sync();
   }
 
@@ -328,12 +333,12 @@ class Block {
     } else if constexpr (VECTORS) {
       M of_vector{};
       walk.template for_each<VECTORS>(at, [&](int k) { of_vector.template add<IN_UNIT_1>(t[k], at.offset + k, c); });
-      parts()[static_cast<unsigned>(at.column) / N] = of_vector;
+      parts()[static_cast<unsigned>(at.column(walk)) / N] = of_vector;
     } else {
       walk.template for_each<VECTORS>(at, [&](int k) {
         M of_weight{};
         of_weight.template add<IN_UNIT_1>(t[k], at.offset + k * walk.apart, c);
-        parts()[at.column + k * walk.apart] = of_weight;
+        parts()[at.column(walk) + k * walk.apart] = of_weight;
       });
     }
   }
@@ -363,7 +368,7 @@ class Block {
   template <bool VECTORS>
   TL1_DEVICE void of_group(A (&t)[N], const Walk& walk, const Cursor& at) const {
     if constexpr (VECTORS) {
-      const O outcome = outcomes()[walk.group_of(at.column)];
+      const O outcome = outcomes()[walk.group_of(at.column(walk))];
       _Pragma("unroll") for (int k = 0; k < N; k++) t[k] = outcome.of_weight(t[k], at.offset + k);
     } else {
       of_groups<VECTORS>(t, walk, at);
@@ -372,7 +377,7 @@ class Block {
   template <bool VECTORS>
   TL1_DEVICE void of_groups(A (&t)[N], const Walk& walk, const Cursor& at) const {
     walk.template for_each<VECTORS>(at, [&](int k) {
-      const O outcome = outcomes()[walk.group_of(at.column + k * walk.apart)];
+      const O outcome = outcomes()[walk.group_of(at.column(walk) + k * walk.apart)];
       t[k] = outcome.of_weight(t[k], at.offset + k * walk.apart);
     });
   }
@@ -393,7 +398,7 @@ class Block {
       _Pragma("unroll 1") for (int other = WARP / 2; other; other /= 2) {
         m[0].merge(m[0].across(other));
       }
-      if (thread() % WARP == 0) parts()[thread() / WARP] = m[0];
+      if (thread_anew() % WARP == 0) parts()[thread_anew() / WARP] = m[0];
     } else if (job.it.shape() == Shape::panel) {
       // A row of `parts` for each row of threads: the columns' sums.
       M* const mine = parts() + walk.down * walk.lanes * N + walk.column;
@@ -402,38 +407,29 @@ class Block {
       }
     }
   }
-  // From there, into `own`; a chunk's are left where they are.
-  TL1_DEVICE void gather(const Job& job) const {
+  // What they come to for group `thread_anew()` of a run's or a panel's member.
+  TL1_DEVICE M gather(const Job& job) const {
     const Walk& walk = job.walk;
-    sync();
-    if (job.it.shape() == Shape::chunk) return;
+    M all{};
     if (job.it.shape() == Shape::run) {
-      if (thread() == 0) {
-        M all = parts()[0];
-        _Pragma("unroll 1") for (int warp = 1; warp < THREADS / WARP; warp++) all.merge(parts()[warp]);
-        own()[0] = all;
-      }
+      _Pragma("unroll") for (int warp = 0; warp < THREADS / WARP; warp++) all.merge(parts()[warp]);
     } else {
-      const int columns = walk.lanes * N, inner = static_cast<int>(job.row->inner);
-      if (const int group = thread(); group < walk.groups) {
-        M all{};
-        for (int column = group * inner; column < (group + 1) * inner; column++) {
-          _Pragma("unroll 4") for (int r = 0; r < walk.step; r++) all.merge(parts()[r * columns + column]);
-        }
-        own()[group] = all;
+      const int columns = walk.lanes * N, inner = static_cast<int>(job.row->inner), first = thread_anew() * inner;
+      for (int column = first; column < first + inner; column++) {
+        _Pragma("unroll 4") for (int r = 0; r < walk.step; r++) all.merge(parts()[r * columns + column]);
       }
     }
-    sync();
+    return all;
   }
 
   // `unit`: weights that one of `parts` is the sum of.
   TL1_DEVICE void of_chunk(const Job& job, int unit) const {
     const Numbers c = numbers(job);
     const int groups = job.walk.groups, in_group = static_cast<int>(job.row->width) / unit;
-    const int lanes = static_cast<int>(job.row->lanes), lane = thread() & (lanes - 1);
+    const int lanes = static_cast<int>(job.row->lanes), lane = thread_anew() & (lanes - 1);
     const int shift = exponent_of(lanes);
     _Pragma("unroll 1") for (int first = 0; first < groups; first += THREADS >> shift) {
-      const int group = first + (thread() >> shift);
+      const int group = first + (thread_anew() >> shift);
       M m{};
       if (group < groups) {
         const M* const of_group = parts() + group * in_group;
@@ -447,78 +443,68 @@ class Block {
 
   TL1_DEVICE void of_one(const Job& job) const {
     const Numbers c = numbers(job);
-    if (const int group = thread(); group < job.walk.groups) {
-      outcomes()[group] = O::of(own()[group], c);
-    }
+    if (const int group = thread_anew(); group < job.walk.groups) outcomes()[group] = O::of(gather(job), c);
     sync();
   }
 
   // --- Teams of several blocks.
 
-  TL1_DEVICE int64_t team(const Job& job) const { return job.row->teams + job.it.team; }
-  TL1_DEVICE int32_t* arrivals(const Job& job) const { return work.sync + 1 + team(job); }
-  TL1_DEVICE int32_t* are_there(const Job& job) const { return arrivals(job) + work.n_teams; }
-  TL1_DEVICE O* factors(const Job& job) const {
-    return reinterpret_cast<O*>(work.factors) + team(job) * TEAM_GROUPS;
+  TL1_DEVICE uint32_t launch() const { return work.launch ? work.launch : work.counters->launch; }
+  TL1_DEVICE int64_t group_of_team(const Job& job, int group) const {
+    return job.it.team * job.row->team_groups + group;
   }
-  TL1_DEVICE M* partials(const Job& job, int64_t piece) const {
-    return reinterpret_cast<M*>(work.partials) +
-           (job.row->partials + job.it.team * job.row->pieces + piece) * TEAM_GROUPS;
+  // Of a group what each piece has measured, in turn.
+  TL1_DEVICE Post* partials(const Job& job, int group) const {
+    return work.partials + (job.row->partials + group_of_team(job, group) * job.row->pieces) * WORDS<M>;
+  }
+  TL1_DEVICE Post* factors(const Job& job, int group) const {
+    return work.factors + (job.row->factors + group_of_team(job, group)) * WORDS<O>;
   }
 
   TL1_DEVICE void leave(const Job& job) const {
-    M* const mine = partials(job, job.it.piece);
-    if (const int group = thread(); group < job.walk.groups) mine[group] = own()[group];
+    if (const int group = thread_anew(); group < job.walk.groups) {
+      leave_for_others(gather(job), partials(job, group) + job.it.piece * WORDS<M>, launch());
+    }
   }
 
-  // Whether this is the last of a team's pieces; it then sees what the others have left.
-  TL1_DEVICE bool last_of(const Job& job) const {
-    sync();
-    if (thread() == 0) *slot() = arrive(arrivals(job));
-    sync();
-    const bool last = *slot() == job.row->pieces - 1;
-    sync();
-    return last;
-  }
-
-  // The outcomes of what all pieces of a team have left.
-  TL1_DEVICE void sum_up(const Job& job) const {
+  // What a team's groups from `first` on, `apart` from each other, come to: for all of its pieces.
+  // Returns whether the warp has done its part: if it does not wait, it needs all that is measured.
+  TL1_DEVICE bool sum_up(const Job& job, int first, int apart, bool waits) const {
+    constexpr int UNDER_WAY = sizeof(M) == 4 ? 4 : 1;
+    const int groups = job.walk.groups, pieces = static_cast<int>(job.row->pieces);
+    int lanes = 2;  // threads that add up a group
+    while (lanes < WARP && lanes < pieces) lanes *= 2;
+    const int shift = exponent_of(lanes), lane = thread_anew() & (lanes - 1);
+    const int of_warp = apart * (thread_anew() / WARP * WARP >> shift);  // from `first` to the warp's first one
+    if (first + of_warp >= groups) return true;
     const Numbers c = numbers(job);
-    const int groups = job.walk.groups;
-    int side = 1;
-    while (side < groups) side *= 2;
-    const int group = thread() & (side - 1), shift = exponent_of(side), rows = THREADS >> shift;
-    const int pieces = group < groups ? static_cast<int>(job.row->pieces) : 0;
-    const M* const left = partials(job, 0);
-    M m{};
-    // Many loads under way: all of the team waits.
-    _Pragma("unroll 8") for (int piece = thread() >> shift; piece < pieces; piece += rows) {
-      m.merge(from_others(left + piece * TEAM_GROUPS + group));
+    const uint32_t now = launch();
+    bool there = true;
+    _Pragma("unroll 1") for (; first + of_warp < groups; first += apart * (THREADS >> shift)) {
+      const int group = first + apart * (thread_anew() >> shift);
+      const Post* const left = partials(job, group);
+      M m{};
+      _Pragma("unroll 1") for (int piece = lane; group < groups && piece < pieces; piece += lanes * UNDER_WAY) {
+        M some[UNDER_WAY];
+        const int n = (pieces - piece + lanes - 1) >> shift;
+        there &= from_others(some, left + piece * WORDS<M>, lanes, n, now, waits);
+        _Pragma("unroll") for (int j = 0; j < UNDER_WAY; j++) {
+          if (j < n) m.merge(some[j]);
+        }
+      }
+      _Pragma("unroll 1") for (int other = lanes / 2; other; other /= 2) m.merge(m.across(other));
+      _Pragma("unroll 1") for (int other = WARP / 2; other; other /= 2) there &= shuffle_xor(there, other);
+      if (!there) return false;
+      if (group < groups && lane == 0) leave_for_others(O::of(m, c), factors(job, group), now);
     }
-    parts()[thread()] = m;
-    sync();
-    if (thread() < groups) {
-      M all{};
-      _Pragma("unroll 4") for (int r = 0; r < rows; r++) all.merge(parts()[r * side + group]);
-      outcomes()[group] = O::of(all, c);
-    }
-    sync();
-  }
-
-  // For what a team's pieces do next.
-  TL1_DEVICE void publish(const Job& job) const {
-    O* const to = factors(job);
-    if (const int group = thread(); group < job.walk.groups) to[group] = outcomes()[group];
-    sync();
-    if (thread() == 0) announce(are_there(job));
+    return true;
   }
 
   TL1_DEVICE void fetch_outcomes(const Job& job) const {
-    if (thread() == 0) await(are_there(job), 1);
-    sync();
-    const O* const from = factors(job);
-    if (const int group = thread(); group < job.walk.groups) {
-      outcomes()[group] = from_others(from + group);
+    if (const int group = thread_anew(); group < job.walk.groups) {
+      O outcome[1];
+      from_others(outcome, factors(job, group), 1, 1, launch(), true);
+      outcomes()[group] = outcome[0];
     }
     sync();
   }

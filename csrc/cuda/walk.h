@@ -9,6 +9,9 @@ namespace tl1::gpu {
 
 TL1_DEVICE int smaller(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
+// a / b, where `inverse` is 2^31 / b, rounded up: for a * b < 2^31. A division would take 20 times as long.
+TL1_DEVICE int quotient(int a, int64_t inverse) { return product_high(2 * a, static_cast<uint32_t>(inverse)); }
+
 // An item is a rectangle of weights: those of `columns` from `column` on, in the rows from `row` on.
 struct Part {
   int64_t first, width;  // of the rectangle that the item is a part of; from row to row
@@ -50,20 +53,21 @@ struct Walk;
 // Goes from turn to turn.
 struct Cursor {
   int64_t offset;
-  int column, turn, left;
+  int turn, left;
 
   Cursor() = default;
   template <int N>
   TL1_DEVICE explicit Cursor(const Walk<N>& walk)
-      : offset(walk.offset), column(walk.column), turn(0), left(walk.turns * walk.runs) {}
+      : offset(walk.offset), turn(0), left(walk.turns * walk.runs) {}
 
   TL1_DEVICE bool there() const { return left > 0; }
+  template <int N>
+  TL1_DEVICE int column(const Walk<N>& walk) const { return walk.column + turn * walk.aside; }
   template <int N>
   TL1_DEVICE void next(const Walk<N>& walk) {
     left--;
     const bool turns_back = ++turn == walk.turns;
     offset += turns_back ? walk.back : walk.stride;
-    column = turns_back ? walk.column : column + walk.aside;
     turn = turns_back ? 0 : turn;
   }
 };
@@ -89,16 +93,18 @@ struct Walk {
     lanes = shape == Shape::chunk ? THREADS : static_cast<int>(tensor.lanes);
     inverse = groups > 1 ? static_cast<uint32_t>(tensor.inverse) : 0;
     apart = neighbours ? 1 : lanes;
-    step = THREADS / static_cast<unsigned>(lanes);
-    down = thread() / static_cast<unsigned>(lanes);
-    const int lane = thread() - down * lanes, row = part.row + down;
+    step = shape == Shape::chunk ? 1 : quotient(THREADS, tensor.inverse_lanes);
+    down = shape == Shape::chunk ? 0 : quotient(thread_anew(), tensor.inverse_lanes);
+    const int lane = thread_anew() - down * lanes, row = part.row + down;
     column = part.column + (neighbours ? lane * N : lane);
     offset = part.first + row * part.width + column;
     const int side = lanes * N;  // all of a row, where there are fewer lanes than threads
     int in_row = column < columns;
     if (in_row && lanes == THREADS) in_row = (columns - column + side - 1) / (THREADS * N);
     int in_column = 0;
-    if (down < step && row < part.rows) in_column = (part.rows - row + step - 1) / static_cast<unsigned>(step);
+    if (down < step && row < part.rows) {
+      in_column = step == 1 ? part.rows - row : quotient(part.rows - row + step - 1, tensor.inverse_step);
+    }
     const bool goes_aside = in_row > 1;
     turns = goes_aside ? in_row : in_column;
     runs = in_row == 0 ? 0 : goes_aside ? in_column : in_column > 0;
@@ -112,12 +118,12 @@ struct Walk {
   template <bool VECTORS, class Each>
   TL1_DEVICE void for_each(const Cursor& at, Each each) const {
     _Pragma("unroll") for (int k = 0; k < N; k++) {
-      if (VECTORS || at.column + k * apart < columns) each(k);
+      if (VECTORS || at.column(*this) + k * apart < columns) each(k);
     }
   }
 
   // The group of a column, of a chunk or a panel, which are narrow.
-  TL1_DEVICE int group_of(int column) const { return product_high(2 * column, inverse); }
+  TL1_DEVICE int group_of(int column) const { return quotient(column, inverse); }
 };
 
 }  // namespace tl1::gpu

@@ -27,8 +27,8 @@ struct Config {
   static constexpr bool STOCHASTIC = IS_STOCHASTIC<T>;
   // Blocks of a multiprocessor: as registers allow.
   static constexpr bool LARGE =
-      sizeof(A) == 8 || (VECTOR == 8 && (COUPLED || (Prox::MANY && STATES > 0)));
-  static constexpr bool MIDDLING = VECTOR == 8 ? STATES > 0 || Prox::MANY : COUPLED && STATES > 1;
+      sizeof(A) == 8 || (VECTOR == 8 && (COUPLED || Prox::MANY || STATES > 2));
+  static constexpr bool MIDDLING = VECTOR == 8 ? STATES > 0 : (COUPLED || Prox::MANY) && STATES > 1;
   static constexpr int BLOCKS = LARGE ? 2 : MIDDLING ? 3 : 4;
   // What a turn brings a thread, in units of up to 16 bytes; turns in the ring; turns taken at a time.
   static constexpr int UNITS = 2 + STATES * VECTOR * static_cast<int>(sizeof(A)) / 16;
@@ -88,11 +88,12 @@ struct Job {
   const unsigned char* record;
   Walk<C::VECTOR> walk;
 
-  TL1_DEVICE Job(const Work& work, const Item& it)
+  // `vectors`: it.vectors(), which the compiler is to know.
+  TL1_DEVICE Job(const Work& work, const Item& it, bool vectors)
       : it(it), row(work.rows + it.tensor), param(reinterpret_cast<T*>(row->param)),
         grad(reinterpret_cast<const G*>(row->grad)), copy(reinterpret_cast<G*>(row->copy)),
         record(work.records + it.tensor * RECORD_BYTES),
-        walk(*row, Part(*row, it), it.shape(), it.vectors()) {
+        walk(*row, Part(*row, it), it.shape(), vectors) {
     for (int k = 0; k < C::STATES; k++) state[k] = reinterpret_cast<A*>(row->state[k]);
   }
 

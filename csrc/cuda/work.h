@@ -27,9 +27,12 @@ struct Row {
   int64_t lanes;   // chunk: threads that add up a group, a power of two; team: threads side by side, at least 2
   int64_t share_rows, share_columns;  // team: rows of a piece, and weights in each of them
   int64_t pieces, across;             // team: how many pieces, and how many of them side by side
-  int64_t partials, teams;  // where those of its teams begin in the workspaces
-  int64_t in_block;         // teams of one of the view's blocks
-  int64_t inverse;          // 2^31 over the weights of a group, rounded up: of a chunk, a panel
+  int64_t partials, factors;          // where those of its teams begin in the workspaces
+  int64_t team_groups;                // of a team, at most
+  int64_t in_block;                   // teams of one of the view's blocks
+  // What stands for divisions (walk.h): 2^31 over the weights of a group (of a chunk, a panel), over
+  // `lanes`, and over the rows of threads (of a team).
+  int64_t inverse, inverse_lanes, inverse_step;
 };
 constexpr int ROW_COLUMNS = sizeof(Row) / sizeof(int64_t);
 
@@ -46,7 +49,7 @@ enum class Phase {
   second,  // before this, which computes all again
 };
 
-struct Item {
+struct alignas(16) Item {
   int32_t tensor;
   int32_t kind;  // 1 for vectors of 16 bytes, + 2 * Shape + 8 * Phase
   int32_t team;  // chunk: its place
@@ -70,22 +73,35 @@ struct Common {
   Coupling coupling;
 };
 
+// A number that one block leaves for others, and the launch that it is of.
+struct alignas(8) Post {
+  uint32_t number, launch;
+};
+
+// What `prepare` counts: 0 at first.
+struct Counters {
+  int32_t tickets;  // from 0 on after each `prepare`
+  uint32_t launch;  // of the tiles after it
+};
+
 // The arguments of both kernels.
 struct Work {
   const Row* rows;
   const double* scalars;     // a tensor's: Scalars, then the step, where `counter` is 0
   unsigned char* records;
   const float *grad_scale, *found_inf;
-  int32_t* sync;             // tickets; each team's arrivals; of split ones, whether factors are there
-  unsigned char *partials, *factors;
+  Counters* counters;
+  uint32_t launch;           // of tiles that `prepare` does not come before; else 0
+  Post *partials, *factors;  // of teams: of their groups what each piece has measured, and the outcomes
   const Item *resident, *split;
   int64_t n_resident, n_split;
-  int64_t n_tensors, n_teams;
+  int64_t n_tensors;
   int64_t seed;              // of stochastic rounding
   int64_t parts_at, outcomes_at, waiting_at;          // in a block's shared memory, in bytes
   int64_t of_team_at, first_at, second_at;            // of pieces of teams: outcomes, values, values
   int rule, penalty, coupled;        // rows of TL1_RULES, TL1_PENALTIES, TL1_COUPLED; or -1
   bool maximize, nesterov, decoupled;
+  bool teams;                        // whether blocks wait for each other
 };
 
 }  // namespace tl1::gpu

@@ -1,8 +1,8 @@
 """The backend "cuda": the kernels of csrc/cuda, and why they are not there where they are not.
 
-A batch is two launches: each tensor's numbers (csrc/cuda/prepare.h), then all its weights
-(csrc/cuda/tiles.h). TL1KERNELS_CUDA=emulated runs the same kernels on CPU tensors, slowly, where
-the library for that was built: for tests.
+A batch is two launches: each tensor's numbers (csrc/cuda/prepare.h), unless they are the last
+step's, then all its weights (csrc/cuda/tiles.h). TL1KERNELS_CUDA=emulated runs the same kernels on
+CPU tensors, slowly, where the library for that was built: for tests.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from tl1kernels.batch import Batch, state_dtype
 
 ENVIRONMENT = "TL1KERNELS_CUDA"
 REPORT = "cuda_build.txt"
+
+POST = 4
+"""Bytes of what one block leaves for another in one access: csrc/cuda/posts.h."""
 
 
 def emulated() -> bool:
@@ -100,9 +103,7 @@ def step(of: Step) -> None:
         kept["table"],
         kept["scalars"],
         kept["records"],
-        kept["sync"],
-        kept["partials"],
-        kept["factors"],
+        kept["posts"],
         kept["resident"],
         kept["split"],
         kept["one"] if of.grad_scale is None else of.grad_scale,
@@ -112,13 +113,33 @@ def step(of: Step) -> None:
         of.nesterov,
         of.decoupled,
         of.seed or 0,
+        _launch(of, kept),
+        kept["factors_at"],
         plan.parts,
         plan.outcomes,
         plan.waiting,
         plan.piece,
+        plan.most_pieces,
         torch.cuda.current_device() if on_gpu else 0,
         torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
     )
+
+
+def _launch(of: Step, kept: dict[str, Any]) -> int:
+    """Return 0 for a step that must prepare each tensor's numbers, else a number of its own.
+
+    They stay as they are where nothing on the device goes into them, unless a graph, which
+    prepares its own with each replay, has come between.
+    """
+    if gpu.capturing(of.device):
+        kept["graphs"] = True
+    from_device = (*of.counters, *kept["there"], of.grad_scale, of.found_inf, of.seed)
+    varies = any(x is not None for x in from_device)
+    if varies or "graphs" in kept or len(kept["plan"].split) or kept["prepared"] is not of.scalars:
+        kept["prepared"] = None if varies else of.scalars
+        return 0
+    kept["launches"] = kept.get("launches", 2**31 - 1) + 1
+    return kept["launches"]
 
 
 def _names(of: Step) -> tuple[str, str, str, str | None]:
@@ -142,15 +163,12 @@ def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
         at_once = ops.cuda_resident_blocks(*_names(of), *shared, index)
         if plan.most_pieces > at_once:
             plan = make(at_once)
-    kept["plan"] = plan
+    kept["plan"], kept["prepared"] = plan, None
     for name in ("resident", "split"):
         kept[name] = gpu.to_device(device, torch.from_numpy(getattr(plan, name)))
     record, measure, outcome = ops.cuda_sizes(arithmetic == torch.float64, coupled)
-    for name, size in (
-        ("records", len(of.params) * record),
-        ("partials", plan.n_partials * schedule.TEAM_GROUPS * measure),
-        ("factors", plan.n_teams * schedule.TEAM_GROUPS * outcome),
-    ):
-        kept[name] = torch.empty(size, dtype=torch.uint8, device=device)
-    kept["sync"] = torch.empty(1 + 2 * plan.n_teams, dtype=torch.int32, device=device)
+    kept["records"] = torch.empty(len(of.params) * record, dtype=torch.uint8, device=device)
+    kept["factors_at"] = 1 + plan.n_partials * measure // POST
+    posts = kept["factors_at"] + plan.n_factors * outcome // POST
+    kept["posts"] = torch.zeros(posts, dtype=torch.int64, device=device)
     return plan.layout

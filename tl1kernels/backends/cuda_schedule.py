@@ -46,7 +46,7 @@ LAG = 512
 
 CHUNK_SHAPE, PANEL_SHAPE, RUN_SHAPE = 0, 1, 2
 HELD_PHASE, FIRST, SECOND = 0, 1, 2
-LAYOUT = 15
+LAYOUT = 18
 """Columns of the layout: csrc/cuda/work.h's Row from `outer` on."""
 
 Items = NDArray[np.int32]
@@ -60,8 +60,8 @@ class Schedule:
         layout: int64, [tensors, LAYOUT].
         resident: int32, [items, 4]: tensor, kind, team, piece; those of a team in a row.
         split: the same, in the order in which they must begin.
-        n_partials: pieces of teams of several blocks.
-        n_teams: such teams.
+        n_partials: of teams of several blocks, what their pieces measure: of each group one.
+        n_factors: groups of such teams.
         most_pieces: of a team that is held.
         parts, outcomes, waiting, piece: entries that a block needs in shared memory; the last are
             those of one of a team's pieces, of which it holds two.
@@ -71,7 +71,7 @@ class Schedule:
     resident: Items
     split: Items
     n_partials: int
-    n_teams: int
+    n_factors: int
     most_pieces: int
     parts: int
     outcomes: int
@@ -138,7 +138,7 @@ def plan(
     teams_of_many: list[Items] = [_NONE]
     others: list[Items] = [_NONE]
     split: list[tuple[Items, Items]] = []
-    n_partials = n_teams = 0
+    n_partials = n_factors = 0
     parts, outcomes, waiting, piece, most_pieces = THREADS, TEAM_GROUPS, 0, 0, 1
     held = HELD // arithmetic // (2 if coupled else 1)  # whose measures need room too
     tile = TILE * 4 // arithmetic
@@ -165,7 +165,7 @@ def plan(
                 in_chunk = min(span, numel)
                 lanes = min(_floor_power(THREADS * size // in_chunk), 32)
                 row[4:7] = span, size, min(lanes, _floor_power(max(size // unit, 1)))
-                row[14] = _inverse(size)
+                row[15] = _inverse(size)
                 others.append(
                     _items(index, _kind(CHUNK_SHAPE, HELD_PHASE, wide), _ceil_div(numel, span))
                 )
@@ -192,11 +192,13 @@ def plan(
         teams = blocks * in_block
         row[4] = span
         row[6:11] = of.lanes, of.rows, of.columns, of.pieces, of.across
-        row[13:] = in_block, _inverse(inner)
+        team_groups = span // inner if panel else 1
+        row[13:16] = team_groups, in_block, _inverse(inner)
+        row[16:] = _inverse(of.lanes), _inverse(THREADS // of.lanes)
         if of.pieces > 1 or not of.waiting:
-            row[11:13] = n_partials, n_teams
-            n_partials += teams * of.pieces
-            n_teams += teams
+            row[11:13] = n_partials, n_factors
+            n_partials += teams * team_groups * of.pieces
+            n_factors += teams * team_groups
         if of.waiting:
             if of.pieces > 1:
                 piece = max(piece, of.waiting)
@@ -217,7 +219,7 @@ def plan(
         np.concatenate(teams_of_many + others),
         _in_turn(split),
         n_partials,
-        n_teams,
+        n_factors,
         most_pieces,
         parts,
         outcomes,
@@ -307,9 +309,9 @@ def _items(index: int, kind: int, teams: int, pieces: int = 1) -> Items:
     return items
 
 
-def _inverse(weights: int) -> int:
-    """Return what stands for a division by so many weights: csrc/cuda/walk.h, group_of."""
-    return _ceil_div(1 << 31, weights)
+def _inverse(by: int) -> int:
+    """Return what stands for a division by that: csrc/cuda/walk.h, quotient."""
+    return _ceil_div(1 << 31, by)
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -136,7 +136,7 @@ def shrunk(t, factor, cut, kept, first, A: tl.constexpr, Couple: tl.constexpr):
         return t * factor
     else:
         size = tl.abs(t)
-        w = tl.where(size <= cut, 0.0, (size - cut) * factor)
+        w = tl.where(size < cut, 0.0, (size - cut) * factor)
         return _with_sign_of(tl.where(first, tl.where(kept >= 0, kept, w), w), t, A)
 
 
