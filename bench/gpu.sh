@@ -62,7 +62,7 @@ export -f verify
 export OUT
 begin verify-cuda $limit bash -c 'verify cuda ""'
 names="from tl1kernels.backends import triton_launch as t; print(*t.penalties())"
-for penalty in $("$PYTHON" -c "$names" | sed s/None/none/); do  # none: groups alone
+for penalty in none $("$PYTHON" -c "$names"); do  # none: groups alone
   begin "verify-triton-$penalty" $limit bash -c "verify triton -$penalty --penalty $penalty"
   side_by_side+=("verify-triton-$penalty")
 done

@@ -50,13 +50,13 @@ def test_each_variant_is_timed_beside_the_committed_one(tmp_path, monkeypatch, c
 def test_a_variant_that_steps_otherwise_is_a_failure(tmp_path, monkeypatch, capsys, backend):
     """Planted: a schedule that forgets a tensor's last tile."""
     module = {"triton": triton_schedule, "cuda": cuda_schedule}[backend]
-    items = module._items
+    items = module.items_of
 
     def fewer(index, kind, *counts):
         return items(index, kind, *counts)[:-1]
 
     monkeypatch.setattr(
-        tune, "KNOBS", [tune.Knob(backend, module, "_items", {"without the last": fewer})]
+        tune, "KNOBS", [tune.Knob(backend, module, "items_of", {"without the last": fewer})]
     )
     case = tune.Case("rows", backend, "SGD", "out", torch.float32, ((200, 96),))
     assert tuned(tmp_path, monkeypatch, backend, [case]) == 1

@@ -3,6 +3,7 @@
 A backend is a module with
     unavailable() -> str | None     why it cannot run on this machine; None if it can
     rejects(batch) -> str | None    why it cannot run this batch; None if it can
+    penalties() -> frozenset[str]   the names of the penalties that it has
     run(batch) -> None              the step, in place
 Adding one is a row of `BACKENDS` and a place in `PREFERENCE`.
 """

@@ -26,6 +26,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
+from tl1kernels.backends.gpu_work import NO_ITEMS, Items, ceil_div, in_turn, items_of
 from tl1kernels.views import GroupView
 
 THREADS = 128  # of a block
@@ -48,8 +49,6 @@ CHUNK_SHAPE, PANEL_SHAPE, RUN_SHAPE = 0, 1, 2
 HELD_PHASE, FIRST, SECOND = 0, 1, 2
 LAYOUT = 18
 """Columns of the layout: csrc/cuda/work.h's Row from `outer` on."""
-
-Items = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,13 @@ def share(outer: int, columns: int, vector: int, pieces: int, panel: bool) -> Sh
     A panel is never divided into columns: a thread keeps a sum for each of its own.
     """
     across = 1 if panel else max(1, pieces // max(outer, 1))
-    wide = min(_ceil_div(_ceil_div(columns, across), vector) * vector, max(columns, 1))
+    wide = min(ceil_div(ceil_div(columns, across), vector) * vector, max(columns, 1))
     # At least 2, even where 1 would do: what the kernels know vectors from single weights by.
-    lanes = max(2, min(_ceil_div(wide, vector), THREADS))
+    lanes = max(2, min(ceil_div(wide, vector), THREADS))
     at_a_time = THREADS // lanes
-    rows = _ceil_div(_ceil_div(outer, max(pieces // across, 1)), at_a_time) * at_a_time
-    pieces = across * _ceil_div(outer, rows)  # no more than have something to do
-    turns = rows // at_a_time * _ceil_div(wide, lanes * vector)
+    rows = ceil_div(ceil_div(outer, max(pieces // across, 1)), at_a_time) * at_a_time
+    pieces = across * ceil_div(outer, rows)  # no more than have something to do
+    turns = rows // at_a_time * ceil_div(wide, lanes * vector)
     return Share(lanes, rows, wide, pieces, across, turns * THREADS * vector)
 
 
@@ -135,8 +134,8 @@ def plan(
         coupled: whether the penalty is one of whole groups, of which more is measured.
     """
     layout = np.zeros((len(views), LAYOUT), np.int64)
-    teams_of_many: list[Items] = [_NONE]
-    others: list[Items] = [_NONE]
+    teams_of_many: list[Items] = [NO_ITEMS]
+    others: list[Items] = [NO_ITEMS]
     split: list[tuple[Items, Items]] = []
     n_partials = n_factors = 0
     parts, outcomes, waiting, piece, most_pieces = THREADS, TEAM_GROUPS, 0, 0, 1
@@ -167,11 +166,11 @@ def plan(
                 row[4:7] = span, size, min(lanes, _floor_power(max(size // unit, 1)))
                 row[15] = _inverse(size)
                 others.append(
-                    _items(index, _kind(CHUNK_SHAPE, HELD_PHASE, wide), _ceil_div(numel, span))
+                    items_of(index, _kind(CHUNK_SHAPE, HELD_PHASE, wide), ceil_div(numel, span))
                 )
                 parts = max(parts, in_chunk // unit)
                 outcomes = max(outcomes, in_chunk // size)
-                turns = _ceil_div(in_chunk, THREADS * vector)
+                turns = ceil_div(in_chunk, THREADS * vector)
                 waiting = max(waiting, turns * THREADS * vector)
                 continue
         panel = inner <= PANEL
@@ -188,7 +187,7 @@ def plan(
         if panel:
             wide = wide and span % vector == 0
             parts = max(parts, THREADS * vector)
-        in_block = _ceil_div(length, span) if panel else groups
+        in_block = ceil_div(length, span) if panel else groups
         teams = blocks * in_block
         row[4] = span
         row[6:11] = of.lanes, of.rows, of.columns, of.pieces, of.across
@@ -205,11 +204,11 @@ def plan(
             else:
                 waiting = max(waiting, of.waiting)
             most_pieces = max(most_pieces, of.pieces)
-            items = _items(index, _kind(shape, HELD_PHASE, wide), teams, of.pieces)
+            items = items_of(index, _kind(shape, HELD_PHASE, wide), teams, of.pieces)
             (teams_of_many if of.pieces > 1 else others).append(items)
         else:
             first, second = (
-                _items(index, _kind(shape, phase, wide), teams, of.pieces)
+                items_of(index, _kind(shape, phase, wide), teams, of.pieces)
                 for phase in (FIRST, SECOND)
             )
             split.append((first, second))
@@ -217,7 +216,7 @@ def plan(
         layout,
         # Who waits for others does so first: what waits for nobody fills the gaps at the end.
         np.concatenate(teams_of_many + others),
-        _in_turn(split),
+        in_turn(split, LAG),
         n_partials,
         n_factors,
         most_pieces,
@@ -235,22 +234,22 @@ def _held(
     of = share(outer, span, vector, 1, panel)
     if of.waiting <= ALONE:
         return of
-    pieces = max(2, _ceil_div(outer * span, held))
+    pieces = max(2, ceil_div(outer * span, held))
     while pieces <= blocks_at_once:
         of = share(outer, span, vector, pieces, panel)
         if of.waiting <= held:
             return of
-        pieces += _ceil_div(pieces, 8)
+        pieces += ceil_div(pieces, 8)
     return None
 
 
 def _split(outer: int, span: int, vector: int, panel: bool) -> Share:
     """Return shares of about PIECE weights, of which none wait."""
     if panel or span <= PIECE:
-        rows = _ceil_div(PIECE, span)
+        rows = ceil_div(PIECE, span)
         of = share(min(rows, outer), span, vector, 1, panel)
-        return Share(of.lanes, rows, span, _ceil_div(outer, rows), 1, 0)
-    across = _ceil_div(span, PIECE)
+        return Share(of.lanes, rows, span, ceil_div(outer, rows), 1, 0)
+    across = ceil_div(span, PIECE)
     return Share(THREADS, 1, PIECE, outer * across, across, 0)
 
 
@@ -272,50 +271,20 @@ def _panel_spans(length: int, inner: int, vector: int, wide: bool) -> list[int]:
 
 def _flat(index: int, numel: int, span: int, aligned: bool, vector: int) -> Items:
     """Return the chunks of weights without groups; the last may have to do without vectors."""
-    n = _ceil_div(numel, span)
-    items = _items(index, _kind(CHUNK_SHAPE, HELD_PHASE, aligned), n)
+    n = ceil_div(numel, span)
+    items = items_of(index, _kind(CHUNK_SHAPE, HELD_PHASE, aligned), n)
     if numel % vector:
         items[-1, 1] = _kind(CHUNK_SHAPE, HELD_PHASE, False)
     return items
-
-
-def _in_turn(split: list[tuple[Items, Items]]) -> Items:
-    """Return both passes' pieces in one order: a team's second LAG pieces after its first."""
-    keys = [np.empty(0)]
-    items = [_NONE]
-    begun = 0
-    for first, second in split:
-        pieces = 1 + second[-1, 3]
-        keys.append(np.arange(begun, begun + len(first), dtype=np.float64))
-        keys.append(begun + (second[:, 2] + 1.0) * pieces - 0.5 + LAG)
-        items += [first, second]
-        begun += len(first)
-    return np.concatenate(items)[np.argsort(np.concatenate(keys), kind="stable")]
-
-
-_NONE: Items = np.empty((0, 4), np.int32)
 
 
 def _kind(shape: int, phase: int, vectors: bool) -> int:
     return vectors + 2 * shape + 8 * phase
 
 
-def _items(index: int, kind: int, teams: int, pieces: int = 1) -> Items:
-    items = np.empty((teams * pieces, 4), np.int32)
-    items[:, 0] = index
-    items[:, 1] = kind
-    items[:, 2] = np.repeat(np.arange(teams), pieces)
-    items[:, 3] = np.tile(np.arange(pieces), teams)
-    return items
-
-
 def _inverse(by: int) -> int:
     """Return what stands for a division by that: csrc/cuda/walk.h, quotient."""
-    return _ceil_div(1 << 31, by)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+    return ceil_div(1 << 31, by)
 
 
 def _floor_power(n: int) -> int:

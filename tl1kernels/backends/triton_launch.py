@@ -62,19 +62,24 @@ def maths() -> ModuleType:
     return triton_math
 
 
-def penalties() -> dict[str | None, Any]:
-    """Import the kernels' penalties: a row of `PENALTIES` by name."""
+def rows() -> dict[str | None, Any]:
+    """Import the kernels' penalties: a row of `PENALTIES` by name, None for groups alone."""
     load()
     from tl1kernels.backends import triton_penalties
 
     return triton_penalties.PENALTIES
 
 
+def penalties() -> frozenset[str]:
+    """Return the names of the penalties that there are kernels for."""
+    return frozenset(filter(None, rows()))
+
+
 def rejects(batch: Batch) -> str | None:
     """Return why Triton cannot run this batch; None if it can."""
     if batch.device.type != "cuda" and not (batch.device.type == "cpu" and interpreting()):
         return f"it has no kernels for {batch.device.type}"
-    if batch.penalty not in penalties():
+    if batch.penalty not in rows():
         return f"it has no penalty {batch.penalty!r}"
     for view in (entry.view for entry in batch.entries):
         across = view.groups * view.inner
@@ -197,7 +202,7 @@ def _specialized(argument: Tensor | int | None) -> object:
 
 
 def _prepare_constants(of: Step) -> tuple[dict[str, Any], int]:
-    prepare, _, couple = penalties()[of.penalty]
+    prepare, _, couple = rows()[of.penalty]
     constants = {
         "Prepare": prepare,
         "COUPLED": couple is not None,
@@ -212,7 +217,7 @@ def _prepare_constants(of: Step) -> tuple[dict[str, Any], int]:
 def _constants(of: Step, work: schedule.Work, columns: int = 0) -> tuple[dict[str, Any], int]:
     dtype, tile = of.params[0].dtype, work.tile
     advance, apply = maths().RULES[of.rule]
-    _, prox, couple = penalties()[of.penalty]
+    _, prox, couple = rows()[of.penalty]
     constants = {
         "Advance": advance,
         "Apply": apply,
@@ -247,7 +252,7 @@ def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     """Make the tiles and the workspace; return the table's columns from OUTER on."""
     device, dtype = of.device, of.params[0].dtype
     states = len(of.state) // len(of.params)
-    coupled = penalties()[of.penalty][2] is not None
+    coupled = rows()[of.penalty][2] is not None
     plan = kept["plan"] = schedule.plan(
         of.views, aligned, dtype.itemsize, states, programs_at_once(device), coupled
     )

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tl1kernels.backends.gpu_work import NO_ITEMS, Items, ceil_div, in_turn, items_of
 from tl1kernels.views import GroupView
 
 LONGEST = 8192  # a row that a tile of its own holds in registers
@@ -46,8 +46,6 @@ nearly half of them in the 3x3 filters of 64, 128, ... channels.
 FLAT = 31  # the kind of resident tile without groups
 COLUMNS_KIND, LONG_KIND = 0, 4  # as kinds of split tile: plus a phase
 FIRST, SECOND, WHOLE, HELD = 0, 1, 2, 3  # phases
-
-Items = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -183,25 +181,25 @@ def plan(
             rows = blocks * groups
             width, parts = WIDTHS[kind]
             at_a_time = tile.weights if parts == 1 else tile.part(itemsize)
-            tiles = _ceil_div(rows, max(at_a_time // width, 1))
+            tiles = ceil_div(rows, max(at_a_time // width, 1))
             wide = at_16 and inner % vector == 0
-            resident.append(_items(index, kind, wide, tiles))
+            resident.append(items_of(index, _kind(kind, wide), tiles))
             groups = rows
         else:
             if inner <= COLUMNS:
                 length = groups * inner
-                pieces = _ceil_div(outer, shared.weights // COLUMNS)
-                teams = blocks * _ceil_div(length, COLUMNS // inner * inner)
+                pieces = ceil_div(outer, shared.weights // COLUMNS)
+                teams = blocks * ceil_div(length, COLUMNS // inner * inner)
                 wide = at_16 and inner == 1 and length % vector == 0
                 kind, sums, factors = COLUMNS_KIND, blocks * pieces * length, blocks * length
             else:
-                pieces = outer * _ceil_div(inner, shared.weights)
+                pieces = outer * ceil_div(inner, shared.weights)
                 teams = blocks * groups
                 wide = at_16 and inner % vector == 0
                 kind, sums, factors = LONG_KIND, teams * pieces, teams
             layout[index, 4:] = n_partials, n_teams, n_factors
             if pieces == 1:
-                whole.append(_items(index, kind + WHOLE, wide, teams))
+                whole.append(items_of(index, _kind(kind + WHOLE, wide), teams))
             else:
                 n_partials += sums
                 n_factors += factors
@@ -210,10 +208,10 @@ def plan(
                 # leave a third, for three of them run on a multiprocessor.
                 few_registers = wide and itemsize <= 4 and not coupled
                 if pieces <= (at_once if few_registers else at_once // 2):
-                    held.append(_items(index, kind + HELD, wide, teams, pieces))
+                    held.append(items_of(index, _kind(kind + HELD, wide), teams, pieces))
                 else:
                     both = (
-                        _items(index, kind + phase, wide, teams, pieces)
+                        items_of(index, _kind(kind + phase, wide), teams, pieces)
                         for phase in (FIRST, SECOND)
                     )
                     twice.append((next(both), next(both)))
@@ -222,7 +220,7 @@ def plan(
         layout,
         _work(resident, tile),
         # Who waits for others begins first: what waits for nobody fills the gaps at the end.
-        _work([*held, _in_turn(twice), *whole], shared),
+        _work([*held, in_turn(twice, LAG), *whole], shared),
         n_partials,
         n_factors,
         n_teams,
@@ -232,40 +230,15 @@ def plan(
 def _flat(index: int, n: int, tile: int, aligned: bool) -> list[Items]:
     """Return the tiles of n weights: aligned ones are full, and what is left is not aligned."""
     full = n // tile if aligned else 0
-    rest = _items(index, FLAT, False, _ceil_div(n, tile))[full:]
-    return [_items(index, FLAT, True, full), rest]
+    rest = items_of(index, _kind(FLAT, False), ceil_div(n, tile))[full:]
+    return [items_of(index, _kind(FLAT, True), full), rest]
 
 
-def _in_turn(twice: list[tuple[Items, Items]]) -> Items:
-    """Return both passes' tiles in one order: each team's second pass LAG tiles after its first."""
-    keys = [np.empty(0)]
-    begun = 0
-    for first, second in twice:
-        pieces = 1 + second[-1, 3]
-        keys.append(np.arange(begun, begun + len(first), dtype=np.float64))
-        keys.append(begun + (second[:, 2] + 1.0) * pieces - 0.5 + LAG)
-        begun += len(first)
-    items = np.concatenate([_NONE, *chain(*twice)])
-    return items[np.argsort(np.concatenate(keys), kind="stable")]
-
-
-_NONE: Items = np.empty((0, 4), np.int32)
-
-
-def _items(index: int, kind: int, aligned: bool, tiles: int, pieces: int = 1) -> Items:
-    items = np.empty((tiles * pieces, 4), np.int32)
-    items[:, 0] = index
-    items[:, 1] = 2 * kind + aligned
-    items[:, 2] = np.repeat(np.arange(tiles), pieces)
-    items[:, 3] = np.tile(np.arange(pieces), tiles)
-    return items
+def _kind(kind: int, aligned: bool) -> int:
+    return 2 * kind + aligned
 
 
 def _work(parts: list[Items], tile: Tile) -> Work:
-    items = np.concatenate([_NONE, *parts])
+    items = np.concatenate([NO_ITEMS, *parts])
     kinds = sum(1 << int(kind) for kind in np.unique(items[:, 1]))
     return Work(np.ascontiguousarray(items), kinds, tile)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
