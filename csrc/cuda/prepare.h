@@ -109,7 +109,7 @@ struct Prepared {
 // One thread's part: tensor i.
 template <class A>
 TL1_ONCE void prepare(const Work& work, int64_t i) {
-  if (i == 0) *work.counters = {0, work.counters->launch + 1};
+  if (i == 0) *work.counters = {0, (work.counters->launch + 1) % OWN_LAUNCHES};
   if (i < work.n_tensors && *work.found_inf == 0) Prepared<A>::tensor(work, i);
 }
 

@@ -81,8 +81,9 @@ struct alignas(8) Post {
 // What `prepare` counts: 0 at first.
 struct Counters {
   int32_t tickets;  // from 0 on after each `prepare`
-  uint32_t launch;  // of the tiles after it
+  uint32_t launch;  // of the tiles after it, below OWN_LAUNCHES
 };
+constexpr uint32_t OWN_LAUNCHES = 1u << 31;  // from there on Python counts
 
 // The arguments of both kernels.
 struct Work {

@@ -24,6 +24,8 @@ REPORT = "cuda_build.txt"
 
 POST = 4
 """Bytes of what one block leaves for another in one access: csrc/cuda/posts.h."""
+OWN_LAUNCHES = 2**31
+"""Launches that the GPU counts; from there on are the numbers of those without `prepare`."""
 
 
 def emulated() -> bool:
@@ -138,8 +140,8 @@ def _launch(of: Step, kept: dict[str, Any]) -> int:
     if varies or "graphs" in kept or len(kept["plan"].split) or kept["prepared"] is not of.scalars:
         kept["prepared"] = None if varies else of.scalars
         return 0
-    kept["launches"] = kept.get("launches", 2**31 - 1) + 1
-    return kept["launches"]
+    kept["launches"] = (kept.get("launches", -1) + 1) % OWN_LAUNCHES
+    return OWN_LAUNCHES + int(kept["launches"])
 
 
 def _names(of: Step) -> tuple[str, str, str, str | None]:
