@@ -209,6 +209,7 @@ def test_a_file_that_is_something_else_is_named(name, file, content, says, tmp_p
         ("cifar10", "cifar-10-binary.tar.gz", gzip.compress(bytes(10240))),  # an empty archive
         ("pendigits", "pendigits.tes", b"\xff\xfe"),
     ],
+    ids=["no gzip", "cut short", "broken", "no archive", "empty", "no text"],
 )
 def test_a_broken_file_is_named_with_what_to_do(name, file, content, tmp_path, capsys):
     write_small(name, tmp_path)
