@@ -36,8 +36,8 @@ def param_groups(
     registers them. Everything else (biases, norm scales, embeddings) goes to a last group
     with lam = 0. A parameter shared by several modules is taken once, where it first appears.
     Also there, with a warning that names them, goes what a weight is computed from
-    (`weight_norm`, `torch.nn.utils.parametrize`): it has zeros of its own, and may have no
-    direction at zero.
+    (`weight_norm`, `torch.nn.utils.parametrize`): zeros of those are not the weight's zeros, and
+    a direction that became zero would make it NaN.
 
     Where both terms are there (a penalty and groups), layer l of L gets, unless `mu` is given,
 
