@@ -1,12 +1,13 @@
-"""Render the README's tables and plots from the results under bench/results, and nothing else.
+"""Render the READMEs' tables and plots from the results under bench/results, and nothing else.
 
-python bench/readme.py           write tables between their markers in README.md, draw ratios.png
-python bench/readme.py --check   exit with 1 if README.md and the results disagree
+python bench/readme.py           write tables between their markers in PAGES, draw ratios.png
+python bench/readme.py --check   exit with 1 if these and the results disagree
 """
 
 import json
 import re
 import sys
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from tl1kernels.train import report
 from tl1kernels.train.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -100,13 +100,27 @@ def _ratios(row: dict) -> list[str]:
     return [ratio + late, f"{low}, {high}", bound]
 
 
-def cpu() -> str:
-    """Return the ratios of bench/test_cpu.py, and where they were taken."""
+HEADLINES = {
+    *(f"{rule}, {of} 4096x4096" for rule in ("SGD", "AdamW") for of in ("rows", "columns")),
+    *("SGD, rows", "SGD, l1", "the prox alone, l1"),
+    *(f"SGD, group lasso, {of}" for of in ("rows", "columns")),
+    "AdamW, 20 steps of 161 tensors 4x4, Python alone",
+    "AdamW, a ResNet-50's 161 tensors, one param group",
+    "AdamW, a GPT-2 small's 148 tensors",
+}
+"""The cases of a CPU that the first page shows."""
+
+
+def cpu(of: Collection[str] | None = None) -> str:
+    """Return the ratios of bench/test_cpu.py, all or some cases', and where they were taken."""
     timed = _newest_of_a_cpu()
+    if of is not None and (unknown := {*of} - {row["case"] for row in timed["results"]}):
+        raise SystemExit(f"no results of a CPU for {unknown}")
     lines = ["| step | beside | ms | ratio | from, to | bound |", "|---|---|---|---|---|---|"]
     lines += [
         _line(row["case"], row["peer"], f"{row['ours_ms']:.1f}", *_ratios(row))
         for row in timed["results"]
+        if of is None or row["case"] in of
     ]
     where = timed["environment"]
     processor = f"{where['threads']} threads of an {where['processor']} ({where['instructions']})"
@@ -142,24 +156,32 @@ def gpu() -> str:
     return "\n".join(lines)
 
 
-TABLES = {
-    **{f"{dataset} table2": partial(table2, dataset) for dataset in TRAINED},
-    "digits table3": partial(table3, "digits"),
-    "findings": findings,
-    "cpu": cpu,
-    "gpu": gpu,
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "digits table2": partial(table2, "digits"),
+        "findings": findings,
+        "cpu headlines": partial(cpu, HEADLINES),
+        "gpu": gpu,
+    },
+    "bench/results/README.md": {
+        "cpu": cpu,
+        "digits table3": partial(table3, "digits"),
+        **{f"{dataset} table2": partial(table2, dataset) for dataset in TRAINED[1:]},
+    },
 }
+"""The tables of each page, by the name in their markers."""
 
 
-def rendered(readme: str) -> str:
-    """Return the README with each table between its markers made anew."""
-    for name, table in TABLES.items():
+def rendered(page: str) -> str:
+    """Return a page with each table between its markers made anew."""
+    text = (ROOT / page).read_text()
+    for name, table in PAGES[page].items():
         block = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not block.search(readme):
-            raise SystemExit(f"README.md has no markers for the table {name!r}")
+        if not block.search(text):
+            raise SystemExit(f"{page} has no markers for the table {name!r}")
         content = table() + "\n"
-        readme = block.sub(lambda m, content=content: m[1] + content + m[2], readme)
-    return readme
+        text = block.sub(lambda m, content=content: m[1] + content + m[2], text)
+    return text
 
 
 RATIOS_PLOT = "ratios.png"
@@ -187,15 +209,16 @@ def stale_plots() -> list[str]:
 
 def main() -> int:
     """Write or check."""
-    old = README.read_text()
-    new = rendered(old)
+    new = {page: rendered(page) for page in PAGES}
     if "--check" in sys.argv[1:]:
         for name in (stale := stale_plots()):
             print(f"bench/results/{name} was drawn from other figures than it should show")
-        if old != new:
-            print("README.md disagrees with bench/results; run python bench/readme.py")
-        return int(old != new or bool(stale))
-    README.write_text(new)
+        disagree = [page for page, text in new.items() if text != (ROOT / page).read_text()]
+        for page in disagree:
+            print(f"{page} disagrees with bench/results; run python bench/readme.py")
+        return int(bool(disagree or stale))
+    for page, text in new.items():
+        (ROOT / page).write_text(text)
     plots.draw_ratios(_newest_of_a_cpu(), RESULTS / RATIOS_PLOT)
     return 0
 

@@ -53,15 +53,18 @@ backend = pytest.fixture(autouse=True, params=["triton", "cuda"])(gpu_backend)
 def work_of(step):
     """Return what a step that has been taken consists of: its kernels, or shapes of work."""
     (_, batch), *_ = step.__self__._planned.batches._prepared
-    plan = batch.layouts["plan"]
-    if isinstance(plan, triton_schedule.Schedule):
-        held = (plan.split.items[:, 1] // 2 % 4 == triton_schedule.HELD).all()
-        works = {"resident": plan.resident, "split, by teams" if held else "split": plan.split}
+    schedule = batch.layouts["schedule"]
+    if isinstance(schedule, triton_schedule.Schedule):
+        held = (schedule.split.items[:, 1] // 2 % 4 == triton_schedule.HELD).all()
+        works = {
+            "resident": schedule.resident,
+            "split, by teams" if held else "split": schedule.split,
+        }
         return {name for name, work in works.items() if len(work.items)}
     shapes = ("chunk", "panel", "run")
-    by_teams = ", by teams" if plan.most_pieces > 1 else ""
-    names = {shapes[kind >> 1 & 3] + by_teams for kind in plan.resident[:, 1].tolist()}
-    return names | ({"split"} if len(plan.split) else set())
+    by_teams = ", by teams" if schedule.most_pieces > 1 else ""
+    names = {shapes[kind >> 1 & 3] + by_teams for kind in schedule.resident[:, 1].tolist()}
+    return names | ({"split"} if len(schedule.split) else set())
 
 
 def check_step(rule, dtype, group_by, **options):

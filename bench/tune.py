@@ -143,12 +143,12 @@ def prepared(case: Case, device: str) -> tuple[tk.ProxSGD | tk.ProxAdamW, list[t
     return ours(params, lr=LR, group_by=case.group_by, **options, **REGULARIZER), params
 
 
-def work_of(plan: triton_schedule.Schedule | cuda_schedule.Schedule) -> bytes:
-    """Return all that makes a launch of a plan differ from one of another."""
-    if isinstance(plan, cuda_schedule.Schedule):
-        return pickle.dumps(plan)
-    works = [work for work in (plan.resident, plan.split) if len(work.items)]
-    return pickle.dumps((plan.layout, works))
+def work_of(schedule: triton_schedule.Schedule | cuda_schedule.Schedule) -> bytes:
+    """Return all that makes a launch by a schedule differ from one of another."""
+    if isinstance(schedule, cuda_schedule.Schedule):
+        return pickle.dumps(schedule)
+    works = [work for work in (schedule.resident, schedule.split) if len(work.items)]
+    return pickle.dumps((schedule.layout, works))
 
 
 def variants(case: Case, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -170,7 +170,7 @@ def variants(case: Case, device: str) -> Iterator[tuple[str, Callable[[], None]]
 
         step()
         (_, batch), *_ = optimizer._planned.batches._prepared
-        return step, work_of(batch.layouts["plan"]), params
+        return step, work_of(batch.layouts["schedule"]), params
 
     with tk.use_backend(case.backend):
         step, committed, want = stepped(None, None)

@@ -29,7 +29,7 @@ PHASES = {schedule.HELD_PHASE: "", schedule.FIRST: " first", schedule.SECOND: " 
 def planned(views, aligned=True, vector=4, blocks=264, coupled=False):
     aligned = [aligned] * len(views)
     arithmetic = 8 if vector == 2 else 4
-    return schedule.plan(views, aligned, vector, arithmetic, blocks, coupled)
+    return schedule.make_schedule(views, aligned, vector, arithmetic, blocks, coupled)
 
 
 def names(plan):
@@ -38,7 +38,8 @@ def names(plan):
     for who in ("resident", "split"):
         for index, kind in np.unique(getattr(plan, who)[:, :2], axis=0):
             name = SHAPES[kind >> 1 & 3] + PHASES[kind >> 3] + ("" if kind & 1 else " by weight")
-            of.add(f"{name}, {'a team' if plan.layout[index, 9] > 1 else 'alone'}")
+            team = "a team" if plan.layout["pieces"][index] > 1 else "alone"
+            of.add(f"{name}, {team}")
     return of
 
 
@@ -92,9 +93,12 @@ def test_no_block_has_more_than_it_can_hold_and_pieces_have_all(
     view = GroupView((), *sizes, grouped=True)
     plan = planned([view], at_16, vector, blocks_at_once, coupled)
     blocks, outer, groups, inner = sizes
-    (row,) = plan.layout.tolist()
-    assert row[:4] == [outer, groups, inner, math.prod(sizes)]
-    _, _, _, _, span, width, lanes, rows, columns, pieces, across, *_ = row
+    (row,) = [dict(zip(schedule.FIELDS, row, strict=True)) for row in plan.layout.tolist()]
+    assert [row[n] for n in ("outer", "groups", "inner", "numel")] == [*sizes[1:], math.prod(sizes)]
+    span, width, lanes, rows, columns, pieces, across = (
+        row[n]
+        for n in ("span", "width", "lanes", "share_rows", "share_columns", "pieces", "across")
+    )
     arithmetic = 8 if vector == 2 else 4
     measure = (40 if vector == 2 else 24) if coupled else arithmetic  # and an outcome's bytes
     bytes_shared = (plan.parts + plan.outcomes) * measure + max(
@@ -137,7 +141,7 @@ def test_split_pieces_come_in_an_order_in_which_nobody_waits_for_ever():
             begun[team] = begun.get(team, 0) + 1
         else:
             assert kind >> 3 == schedule.SECOND
-            assert begun[team] == plan.layout[index, 9]
+            assert begun[team] == plan.layout["pieces"][index]
             assert at - last[team] <= 2 * schedule.LAG + begun[team]
     groups = sum(view.n_groups for view in views)
     assert len(begun) > 0
@@ -156,9 +160,9 @@ def test_the_schedule_and_the_kernels_have_the_same_constants():
     assert int(constants["THREADS"]) == schedule.THREADS
     assert int(constants["TEAM_GROUPS"]) == schedule.TEAM_GROUPS
     row = re.search(r"struct Row \{(.*?)\n\};", source, re.DOTALL)[1]
-    fields = re.sub(r"//.*", "", row).replace("state[MAX_STATES]", "a, b, c")
-    columns = sum(line.count(",") + 1 for line in fields.split(";") if "int64_t" in line)
-    assert columns == ADDRESSES + schedule.LAYOUT
+    fields = re.sub(r"//.*", "", row).replace("state[MAX_STATES]", "state, state, state")
+    names = re.findall(r"\w+", fields.replace("int64_t", ""))
+    assert names[ADDRESSES:] == list(schedule.FIELDS)
 
 
 def test_indices_beyond_2_to_the_31():
@@ -172,7 +176,7 @@ def test_indices_beyond_2_to_the_31():
         for items in (plan.resident, plan.split):
             assert items.dtype == np.int32
             assert (items >= 0).all()
-        assert (plan.layout >= 0).all()
+        assert (plan.layout.view(np.int64) >= 0).all()
 
 
 # --- Emulated.
@@ -260,13 +264,13 @@ import dataclasses, os, torch, tl1kernels as tk
 os.environ["TL1KERNELS_CUDA"] = "emulated"
 from tl1kernels.backends import cuda_schedule as schedule
 from tl1kernels.backends.gpu import ADDRESSES
-plan = schedule.plan
+make_schedule = schedule.make_schedule
 schedule.BLOCKS_AT_ONCE, schedule.ALONE, schedule.PIECE = 1, 0, 512
 def faulty(*args, **options):
-    made = plan(*args, **options)
+    made = make_schedule(*args, **options)
     {fault}
     return made
-schedule.plan = faulty
+schedule.make_schedule = faulty
 p = torch.ones({shape})[1:].requires_grad_()
 p.grad = torch.ones_like(p)
 with tk.use_backend("cuda"):

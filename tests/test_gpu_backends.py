@@ -313,9 +313,9 @@ def test_a_wide_counter_from_a_checkpoint_is_what_the_kernels_read(gpu):
 def test_a_change_of_numbers_keeps_the_tiles(gpu, monkeypatch):
     planned = []
     schedule = {"triton": triton_schedule, "cuda": cuda_schedule}[gpu.name]
-    plan = schedule.plan
+    make = schedule.make_schedule
     monkeypatch.setattr(
-        schedule, "plan", lambda *a, **options: planned.append(1) or plan(*a, **options)
+        schedule, "make_schedule", lambda *a, **options: planned.append(1) or make(*a, **options)
     )
     p = torch.ones(30, 40, device=gpu.device, requires_grad=True)
     p.grad = torch.ones_like(p)

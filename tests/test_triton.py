@@ -83,11 +83,11 @@ def test_every_range_of_views_takes_its_tile(name):
     """The table at the top of triton_schedule.py."""
     shape, group_by, want = VIEWS[name]
     view = view_of(torch.empty(shape), group_by)
-    assert kinds_of(triton_schedule.plan([view], [True], 4, 0, AT_ONCE)) == want
+    assert kinds_of(triton_schedule.make_schedule([view], [True], 4, 0, AT_ONCE)) == want
     unaligned = {kind.removesuffix(" aligned") for kind in want}
-    assert kinds_of(triton_schedule.plan([view], [False], 4, 0, AT_ONCE)) == unaligned
+    assert kinds_of(triton_schedule.make_schedule([view], [False], 4, 0, AT_ONCE)) == unaligned
     twice = {kind.replace("held", phase) for kind in want for phase in ("first", "second")}
-    assert kinds_of(triton_schedule.plan([view], [True], 4, 0, 1)) == twice
+    assert kinds_of(triton_schedule.make_schedule([view], [True], 4, 0, 1)) == twice
 
 
 def test_a_team_is_held_where_its_programs_run_at_once():
@@ -104,7 +104,7 @@ def test_a_team_is_held_where_its_programs_run_at_once():
         (39, True, torch.float64, False, twice),  # 20 pieces
         (40, True, torch.float64, False, held),
     ):
-        plan = triton_schedule.plan([view], [aligned], dtype.itemsize, 0, at_once, coupled)
+        plan = triton_schedule.make_schedule([view], [aligned], dtype.itemsize, 0, at_once, coupled)
         assert {kind.removesuffix(" aligned") for kind in kinds_of(plan)} == want
 
 
@@ -112,7 +112,7 @@ def test_split_tiles_come_in_an_order_in_which_nobody_waits_for_ever():
     """A team's second pass begins after all of its first; and not much later."""
     shapes = [((300, 700), 1), ((5, 40_000), 0), ((130, 15, 3, 3), 1), ((64, 3), 1)]
     views = [view_of(torch.empty(shape), group_by) for shape, group_by in shapes]
-    schedule = triton_schedule.plan(views, [True] * len(views), 4, 0, 1)
+    schedule = triton_schedule.make_schedule(views, [True] * len(views), 4, 0, 1)
     last, begun = {}, {}
     for at, (index, kind, of_tensor, _) in enumerate(schedule.split.items.tolist()):
         phase = kind // 2 % 4
@@ -121,7 +121,7 @@ def test_split_tiles_come_in_an_order_in_which_nobody_waits_for_ever():
             last[team] = at
             begun[team] = begun.get(team, 0) + 1
         elif phase == triton_schedule.SECOND:
-            assert begun[team] == schedule.layout[index, 3]
+            assert begun[team] == schedule.layout["pieces"][index]
             assert at - last[team] <= 2 * triton_schedule.LAG + begun[team]
     assert len(begun) == schedule.n_teams
 
@@ -129,7 +129,7 @@ def test_split_tiles_come_in_an_order_in_which_nobody_waits_for_ever():
 def test_the_tiles_of_a_team_that_is_held_come_in_a_row_and_before_all_others():
     shapes = [((64, 3), 1), ((300, 700), 1), ((5, 400_000), 0), ((130, 15, 3, 3), 1)]
     views = [view_of(torch.empty(shape), group_by) for shape, group_by in shapes]
-    schedule = triton_schedule.plan(views, [True] * len(views), 4, 0, 40)
+    schedule = triton_schedule.make_schedule(views, [True] * len(views), 4, 0, 40)
     phases = [kind // 2 % 4 for kind in schedule.split.items[:, 1].tolist()]
     held = phases.count(triton_schedule.HELD)
     assert set(phases[:held]) == {triton_schedule.HELD}
@@ -137,7 +137,7 @@ def test_the_tiles_of_a_team_that_is_held_come_in_a_row_and_before_all_others():
     at = 0
     while at < held:
         index, _, team, _ = schedule.split.items[at].tolist()
-        pieces = schedule.layout[index, 3]
+        pieces = schedule.layout["pieces"][index]
         of_team = schedule.split.items[at : at + pieces]
         assert pieces <= 40
         assert of_team[:, [0, 2]].tolist() == [[index, team]] * pieces
@@ -149,7 +149,7 @@ def test_the_tiles_of_a_team_that_is_held_come_in_a_row_and_before_all_others():
 def test_the_memory_of_sums_is_a_small_share_of_the_weights(states, share):
     for shape, group_by in (((4096, 4096), 1), ((2, 2**22), 0), ((3000, 300, 3, 3), 1)):
         view = view_of(torch.empty(shape, device="meta"), group_by)
-        schedule = triton_schedule.plan([view], [True], 4, states, AT_ONCE)
+        schedule = triton_schedule.make_schedule([view], [True], 4, states, AT_ONCE)
         assert schedule.n_partials <= math.prod(shape) / share
         assert schedule.n_factors <= 9 * view.n_groups
 
@@ -161,11 +161,11 @@ def test_indices_beyond_2_to_the_31():
         GroupView((), 1, 2**17, 2**16, 1, grouped=True),
         GroupView((), 1, 1, 1, 2**33, grouped=True),
     ):
-        schedule = triton_schedule.plan([view], [True], 4, 0, AT_ONCE)
+        schedule = triton_schedule.make_schedule([view], [True], 4, 0, AT_ONCE)
         items = np.concatenate([schedule.resident.items, schedule.split.items])
         assert items.dtype == np.int32
         assert (items >= 0).all()
-        assert (schedule.layout >= 0).all()
+        assert (schedule.layout.view(np.int64) >= 0).all()
 
 
 # --- Where the kernels run.

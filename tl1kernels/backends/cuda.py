@@ -97,8 +97,8 @@ def run(batch: Batch) -> None:
 def step(of: Step) -> None:
     """Launch the kernels on the current device. The scalars' columns are `cuda_scalar_names`."""
     load()
-    kept = gpu.renew(of, partial(_plan, of), _scalar_names().index("step"))
-    plan: schedule.Schedule = kept["plan"]
+    kept = gpu.renew(of, partial(_make_schedule, of), _scalar_names().index("step"))
+    work: schedule.Schedule = kept["schedule"]
     device = of.device
     on_gpu = device.type == "cuda"
     torch.ops.tl1kernels.cuda_step_(
@@ -117,11 +117,11 @@ def step(of: Step) -> None:
         of.seed or 0,
         _launch(of, kept),
         kept["factors_at"],
-        plan.parts,
-        plan.outcomes,
-        plan.waiting,
-        plan.piece,
-        plan.most_pieces,
+        work.parts,
+        work.outcomes,
+        work.waiting,
+        work.piece,
+        work.most_pieces,
         torch.cuda.current_device() if on_gpu else 0,
         torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
     )
@@ -137,7 +137,12 @@ def _launch(of: Step, kept: dict[str, Any]) -> int:
         kept["graphs"] = True
     from_device = (*of.counters, *kept["there"], of.grad_scale, of.found_inf, of.seed)
     varies = any(x is not None for x in from_device)
-    if varies or "graphs" in kept or len(kept["plan"].split) or kept["prepared"] is not of.scalars:
+    if (
+        varies
+        or "graphs" in kept
+        or len(kept["schedule"].split)
+        or kept["prepared"] is not of.scalars
+    ):
         kept["prepared"] = None if varies else of.scalars
         return 0
     kept["launches"] = (kept.get("launches", -1) + 1) % OWN_LAUNCHES
@@ -150,27 +155,28 @@ def _names(of: Step) -> tuple[str, str, str, str | None]:
     return ("" if of.seed is None else "stochastic_") + dtype, grad_dtype, of.rule, of.penalty
 
 
-def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
+def _make_schedule(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     """Make the lists of work and the workspace; return the table's columns from ADDRESSES on."""
     ops, device, dtype = torch.ops.tl1kernels, of.device, of.params[0].dtype
     arithmetic = state_dtype(dtype)
     coupled = of.penalty is not None and of.penalty in ops.cuda_coupled_names().split()
+    vector = 16 // dtype.itemsize
     make = partial(
-        schedule.plan, of.views, aligned, 16 // dtype.itemsize, arithmetic.itemsize, coupled=coupled
+        schedule.make_schedule, of.views, aligned, vector, arithmetic.itemsize, coupled=coupled
     )
-    plan = make(schedule.BLOCKS_AT_ONCE)
-    if plan.most_pieces > 1:
+    work = make(schedule.BLOCKS_AT_ONCE)
+    if work.most_pieces > 1:
         index = torch.cuda.current_device() if device.type == "cuda" else 0
-        shared = plan.parts, plan.outcomes, plan.waiting, plan.piece
+        shared = work.parts, work.outcomes, work.waiting, work.piece
         at_once = ops.cuda_resident_blocks(*_names(of), *shared, index)
-        if plan.most_pieces > at_once:
-            plan = make(at_once)
-    kept["plan"], kept["prepared"] = plan, None
+        if work.most_pieces > at_once:
+            work = make(at_once)
+    kept["schedule"], kept["prepared"] = work, None
     for name in ("resident", "split"):
-        kept[name] = gpu.to_device(device, torch.from_numpy(getattr(plan, name)))
+        kept[name] = gpu.to_device(device, torch.from_numpy(getattr(work, name)))
     record, measure, outcome = ops.cuda_sizes(arithmetic == torch.float64, coupled)
     kept["records"] = torch.empty(len(of.params) * record, dtype=torch.uint8, device=device)
-    kept["factors_at"] = 1 + plan.n_partials * measure // POST
-    posts = kept["factors_at"] + plan.n_factors * outcome // POST
+    kept["factors_at"] = 1 + work.n_partials * measure // POST
+    posts = kept["factors_at"] + work.n_factors * outcome // POST
     kept["posts"] = torch.zeros(posts, dtype=torch.int64, device=device)
-    return plan.layout
+    return work.layout

@@ -20,7 +20,7 @@ a group's passes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 
 import numpy as np
@@ -47,8 +47,15 @@ LAG = 512
 
 CHUNK_SHAPE, PANEL_SHAPE, RUN_SHAPE = 0, 1, 2
 HELD_PHASE, FIRST, SECOND = 0, 1, 2
-LAYOUT = 18
-"""Columns of the layout: csrc/cuda/work.h's Row from `outer` on."""
+FIELDS = (
+    *("outer", "groups", "inner", "numel"),
+    *("span", "width", "lanes"),
+    *("share_rows", "share_columns", "pieces", "across"),
+    *("partials", "factors", "team_groups", "in_block"),
+    *("inverse", "inverse_lanes", "inverse_step"),
+)
+ROW = np.dtype([(name, np.int64) for name in FIELDS])
+"""A tensor's part of the layout. csrc/cuda/work.h, Row from `outer` on, says what each is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Schedule:
     """The work of a batch.
 
     Attributes:
-        layout: int64, [tensors, LAYOUT].
+        layout: ROW, [tensors].
         resident: int32, [items, 4]: tensor, kind, team, piece; those of a team in a row.
         split: the same, in the order in which they must begin.
         n_partials: of teams of several blocks, what their pieces measure: of each group one.
@@ -66,7 +73,7 @@ class Schedule:
             those of one of a team's pieces, of which it holds two.
     """
 
-    layout: NDArray[np.int64]
+    layout: NDArray[np.void]
     resident: Items
     split: Items
     n_partials: int
@@ -114,7 +121,7 @@ def share(outer: int, columns: int, vector: int, pieces: int, panel: bool) -> Sh
     return Share(lanes, rows, wide, pieces, across, turns * THREADS * vector)
 
 
-def plan(
+def make_schedule(
     views: Sequence[GroupView],
     aligned: Sequence[bool],
     vector: int,
@@ -133,114 +140,151 @@ def plan(
         blocks_at_once: how many blocks the GPU runs at the same time.
         coupled: whether the penalty is one of whole groups, of which more is measured.
     """
-    layout = np.zeros((len(views), LAYOUT), np.int64)
-    teams_of_many: list[Items] = [NO_ITEMS]
-    others: list[Items] = [NO_ITEMS]
-    split: list[tuple[Items, Items]] = []
-    n_partials = n_factors = 0
-    parts, outcomes, waiting, piece, most_pieces = THREADS, TEAM_GROUPS, 0, 0, 1
-    held = HELD // arithmetic // (2 if coupled else 1)  # whose measures need room too
-    tile = TILE * 4 // arithmetic
+    layout = np.zeros(len(views), ROW)
     flat = TILE if sum(v.n_groups * v.group_size for v in views) >= MANY else TILE // 2
+    draft = _Draft(vector, arithmetic, blocks_at_once, coupled)
     for index, (view, at_16) in enumerate(zip(views, aligned, strict=True)):
-        blocks, outer, groups, inner = view.blocks, view.outer, view.groups, view.inner
-        size = view.group_size
-        numel = view.n_groups * size
+        row, numel = layout[index], view.n_groups * view.group_size
         if numel == 0:
             continue
-        row = layout[index]
-        row[:4] = outer, groups, inner, numel
+        row["outer"], row["groups"], row["inner"] = view.outer, view.groups, view.inner
+        row["numel"] = numel
         if not view.grouped:
-            row[4] = flat
-            others.append(_flat(index, numel, flat, at_16, vector))
-            continue
-        if outer == 1:
-            wide = at_16 and size % vector == 0
-            # Where a vector has weights of two groups, each weight is measured by itself.
-            unit = vector if wide else 1
-            most = min(tile, (COUPLED_PARTS if coupled else tile // vector) * unit)
-            if 2 * size <= most:
-                span = most // size * size
-                in_chunk = min(span, numel)
-                lanes = min(_floor_power(THREADS * size // in_chunk), 32)
-                row[4:7] = span, size, min(lanes, _floor_power(max(size // unit, 1)))
-                row[15] = _inverse(size)
-                others.append(
-                    items_of(index, _kind(CHUNK_SHAPE, HELD_PHASE, wide), ceil_div(numel, span))
-                )
-                parts = max(parts, in_chunk // unit)
-                outcomes = max(outcomes, in_chunk // size)
-                turns = ceil_div(in_chunk, THREADS * vector)
-                waiting = max(waiting, turns * THREADS * vector)
-                continue
+            draft.add_flat(index, row, flat, at_16)
+        elif not draft.add_rows(index, row, view, at_16):
+            draft.add_teams(index, row, view, at_16)
+    return Schedule(
+        layout,
+        # Who waits for others does so first: what waits for nobody fills the gaps at the end.
+        np.concatenate([NO_ITEMS, *draft.teams_of_many, *draft.others]),
+        in_turn(draft.split, LAG),
+        draft.n_partials,
+        draft.n_factors,
+        draft.most_pieces,
+        draft.parts,
+        draft.outcomes,
+        draft.waiting,
+        draft.piece,
+    )
+
+
+@dataclass
+class _Draft:
+    """A schedule to which one tensor after the other is added.
+
+    Attributes:
+        vector, arithmetic, blocks_at_once, coupled: see `make_schedule`.
+        teams_of_many, others, split: lists of items, by who waits for whom.
+        n_partials, ..., piece: see `Schedule`.
+    """
+
+    vector: int
+    arithmetic: int
+    blocks_at_once: int
+    coupled: bool
+    teams_of_many: list[Items] = field(default_factory=list)
+    others: list[Items] = field(default_factory=list)
+    split: list[tuple[Items, Items]] = field(default_factory=list)
+    n_partials: int = 0
+    n_factors: int = 0
+    most_pieces: int = 1
+    parts: int = THREADS
+    outcomes: int = TEAM_GROUPS
+    waiting: int = 0
+    piece: int = 0
+
+    def add_flat(self, index: int, row: np.void, span: int, aligned: bool) -> None:
+        """Add a tensor without groups; the last chunk may have to do without vectors."""
+        row["span"] = span
+        items = items_of(
+            index, _kind(CHUNK_SHAPE, HELD_PHASE, aligned), ceil_div(int(row["numel"]), span)
+        )
+        if row["numel"] % self.vector:
+            items[-1, 1] = _kind(CHUNK_SHAPE, HELD_PHASE, False)
+        self.others.append(items)
+
+    def add_rows(self, index: int, row: np.void, view: GroupView, aligned: bool) -> bool:
+        """Add groups of neighbours if a chunk takes at least two; return whether it does."""
+        size, numel = view.group_size, view.n_groups * view.group_size
+        wide = aligned and size % self.vector == 0
+        # Where a vector has weights of two groups, each weight is measured by itself.
+        unit = self.vector if wide else 1
+        tile = TILE * 4 // self.arithmetic
+        most = min(tile, (COUPLED_PARTS if self.coupled else tile // self.vector) * unit)
+        if view.outer > 1 or 2 * size > most:
+            return False
+        span = most // size * size
+        in_chunk = min(span, numel)
+        lanes = min(_floor_power(THREADS * size // in_chunk), 32)
+        row["span"], row["width"] = span, size
+        row["lanes"] = min(lanes, _floor_power(max(size // unit, 1)))
+        row["inverse"] = _inverse(size)
+        kind = _kind(CHUNK_SHAPE, HELD_PHASE, wide)
+        self.others.append(items_of(index, kind, ceil_div(numel, span)))
+        self.parts = max(self.parts, in_chunk // unit)
+        self.outcomes = max(self.outcomes, in_chunk // size)
+        turns = ceil_div(in_chunk, THREADS * self.vector)
+        self.waiting = max(self.waiting, turns * THREADS * self.vector)
+        return True
+
+    def add_teams(self, index: int, row: np.void, view: GroupView, aligned: bool) -> None:
+        """Add groups whose weights teams share: panels of them side by side, or runs."""
+        vector, outer, inner = self.vector, view.outer, view.inner
         panel = inner <= PANEL
-        shape = PANEL_SHAPE if panel else RUN_SHAPE
-        length = groups * inner
-        wide = at_16 and (length if panel else inner) % vector == 0
+        length = view.groups * inner
+        wide = aligned and (length if panel else inner) % vector == 0
         spans = _panel_spans(length, inner, vector, wide) if panel else [inner]
         for span in spans:
-            if of := _held(outer, span, vector, panel, held, blocks_at_once):
+            if of := self._held(outer, span, panel):
                 break
         else:
             span = spans[0]
             of = _split(outer, span, vector, panel)
         if panel:
             wide = wide and span % vector == 0
-            parts = max(parts, THREADS * vector)
-        in_block = ceil_div(length, span) if panel else groups
-        teams = blocks * in_block
-        row[4] = span
-        row[6:11] = of.lanes, of.rows, of.columns, of.pieces, of.across
+            self.parts = max(self.parts, THREADS * vector)
+        in_block = ceil_div(length, span) if panel else view.groups
+        teams = view.blocks * in_block
         team_groups = span // inner if panel else 1
-        row[13:16] = team_groups, in_block, _inverse(inner)
-        row[16:] = _inverse(of.lanes), _inverse(THREADS // of.lanes)
+        row["span"], row["lanes"] = span, of.lanes
+        row["share_rows"], row["share_columns"] = of.rows, of.columns
+        row["pieces"], row["across"] = of.pieces, of.across
+        row["team_groups"], row["in_block"] = team_groups, in_block
+        row["inverse"], row["inverse_lanes"] = _inverse(inner), _inverse(of.lanes)
+        row["inverse_step"] = _inverse(THREADS // of.lanes)
         if of.pieces > 1 or not of.waiting:
-            row[11:13] = n_partials, n_factors
-            n_partials += teams * team_groups * of.pieces
-            n_factors += teams * team_groups
-        if of.waiting:
-            if of.pieces > 1:
-                piece = max(piece, of.waiting)
-            else:
-                waiting = max(waiting, of.waiting)
-            most_pieces = max(most_pieces, of.pieces)
-            items = items_of(index, _kind(shape, HELD_PHASE, wide), teams, of.pieces)
-            (teams_of_many if of.pieces > 1 else others).append(items)
+            row["partials"], row["factors"] = self.n_partials, self.n_factors
+            self.n_partials += teams * team_groups * of.pieces
+            self.n_factors += teams * team_groups
+
+        def items(phase: int) -> Items:
+            kind = _kind(PANEL_SHAPE if panel else RUN_SHAPE, phase, wide)
+            return items_of(index, kind, teams, of.pieces)
+
+        if not of.waiting:
+            self.split.append((items(FIRST), items(SECOND)))
+        elif of.pieces > 1:
+            self.teams_of_many.append(items(HELD_PHASE))
+            self.piece = max(self.piece, of.waiting)
+            self.most_pieces = max(self.most_pieces, of.pieces)
         else:
-            first, second = (
-                items_of(index, _kind(shape, phase, wide), teams, of.pieces)
-                for phase in (FIRST, SECOND)
-            )
-            split.append((first, second))
-    return Schedule(
-        layout,
-        # Who waits for others does so first: what waits for nobody fills the gaps at the end.
-        np.concatenate(teams_of_many + others),
-        in_turn(split, LAG),
-        n_partials,
-        n_factors,
-        most_pieces,
-        parts,
-        outcomes,
-        waiting,
-        piece,
-    )
+            self.others.append(items(HELD_PHASE))
+            self.waiting = max(self.waiting, of.waiting)
 
-
-def _held(
-    outer: int, span: int, vector: int, panel: bool, held: int, blocks_at_once: int
-) -> Share | None:
-    """Return the shares of a team that holds its weights; None if no such team is small enough."""
-    of = share(outer, span, vector, 1, panel)
-    if of.waiting <= ALONE:
-        return of
-    pieces = max(2, ceil_div(outer * span, held))
-    while pieces <= blocks_at_once:
-        of = share(outer, span, vector, pieces, panel)
-        if of.waiting <= held:
+    def _held(self, outer: int, span: int, panel: bool) -> Share | None:
+        """Return the shares of a team that holds its weights; None if none is small enough."""
+        of = share(outer, span, self.vector, 1, panel)
+        if of.waiting <= ALONE:
             return of
-        pieces += ceil_div(pieces, 8)
-    return None
+        # The measures of a penalty of whole groups need room too.
+        held = HELD // self.arithmetic // (2 if self.coupled else 1)
+        pieces = max(2, ceil_div(outer * span, held))
+        while pieces <= self.blocks_at_once:
+            of = share(outer, span, self.vector, pieces, panel)
+            if of.waiting <= held:
+                return of
+            pieces += ceil_div(pieces, 8)
+        return None
 
 
 def _split(outer: int, span: int, vector: int, panel: bool) -> Share:
@@ -267,15 +311,6 @@ def _panel_spans(length: int, inner: int, vector: int, wide: bool) -> list[int]:
             break
         spans.append(span)
     return spans
-
-
-def _flat(index: int, numel: int, span: int, aligned: bool, vector: int) -> Items:
-    """Return the chunks of weights without groups; the last may have to do without vectors."""
-    n = ceil_div(numel, span)
-    items = items_of(index, _kind(CHUNK_SHAPE, HELD_PHASE, aligned), n)
-    if numel % vector:
-        items[-1, 1] = _kind(CHUNK_SHAPE, HELD_PHASE, False)
-    return items
 
 
 def _kind(shape: int, phase: int, vectors: bool) -> int:

@@ -161,22 +161,22 @@ def _tables(batch: Batch) -> dict[str, Any]:
     }
 
 
-Plan = Callable[[list[bool], dict[str, Any]], NDArray[np.int64]]
+MakeSchedule = Callable[[list[bool], dict[str, Any]], NDArray[np.void]]
 """Takes whether each tensor's addresses are multiples of 16 bytes, puts into `kept` what else the
-launch needs on the device, and returns the table's columns from ADDRESSES on."""
+launch needs on the device, and returns each tensor's row of a table from ADDRESSES on: int64s."""
 
 
-def renew(step: Step, plan: Plan, step_column: int) -> dict[str, Any]:
+def renew(step: Step, make_schedule: MakeSchedule, step_column: int) -> dict[str, Any]:
     """Bring `table` and `scalars` on the device up to date; return what is kept.
 
     Args:
         step: what is to be launched.
-        plan: the backend's, called where there is none for such addresses.
+        make_schedule: the backend's, called where there is none for such addresses.
         step_column: the column of `scalars` that takes `counters`.
     """
     kept: dict[str, Any] = {} if step.kept is None else step.kept
     device = step.device
-    _renew_table(step, plan, kept)
+    _renew_table(step, make_schedule, kept)
     scalars = step.scalars
     if step.counters:
         scalars = scalars.clone()
@@ -190,7 +190,7 @@ def renew(step: Step, plan: Plan, step_column: int) -> dict[str, Any]:
     return kept
 
 
-def _renew_table(step: Step, plan: Plan, kept: dict[str, Any]) -> None:
+def _renew_table(step: Step, make_schedule: MakeSchedule, kept: dict[str, Any]) -> None:
     params, copies, device, n = step.params, step.copies, step.device, len(step.params)
     tensors = chain(params, step.grads, copies, step.state)
     if kept.get("numbers_of") is not step.numbers:  # most are None: too many to look at each time
@@ -214,7 +214,8 @@ def _renew_table(step: Step, plan: Plan, kept: dict[str, Any]) -> None:
     table[:, 3 + STATES :] = of_numbers.reshape(n, 3)
     aligned = ~np.any(table[:, : 3 + STATES] % 16, axis=1)
     if "layout" not in kept or not np.array_equal(kept["aligned"], aligned):
-        kept["layout"] = plan(aligned.tolist(), kept)
+        layout = make_schedule(aligned.tolist(), kept)
+        kept["layout"] = layout.view(np.int64).reshape(n, -1)
         kept["aligned"] = aligned
         kept["one"] = torch.ones((), device=device)
         kept["zero"] = torch.zeros((), device=device)

@@ -100,11 +100,11 @@ def step(of: Step) -> None:
     scalars' columns are `triton_math.SCALARS`.
     """
     kernels, n = load(), len(of.params)
-    kept = gpu.renew(of, partial(_plan, of), maths().SCALARS.index("step"))
-    plan: schedule.Schedule = kept["plan"]
+    kept = gpu.renew(of, partial(_make_schedule, of), maths().SCALARS.index("step"))
+    work: schedule.Schedule = kept["schedule"]
     grad_scale = kept["one"] if of.grad_scale is None else of.grad_scale
     found_inf = kept["zero"] if of.found_inf is None else of.found_inf
-    n_sync = 1 + 2 * plan.n_teams
+    n_sync = 1 + 2 * work.n_teams
     _launch(
         kernels.prepare_kernel,
         -(-max(n, n_sync) // BLOCK),
@@ -125,19 +125,19 @@ def step(of: Step) -> None:
         (of.rule, of.penalty, of.numbers[0][0] is None),
         kept,
     )
-    if len(plan.resident.items):
+    if len(work.resident.items):
         _launch(
             kernels.resident_kernel,
-            len(plan.resident.items),
+            len(work.resident.items),
             (kept["table"], kept["coefficients"], kept["resident"], found_inf, of.seed),
-            partial(_constants, of, plan.resident),
+            partial(_constants, of, work.resident),
             (of.rule, of.penalty),
             kept,
         )
-    if len(plan.split.items):
+    if len(work.split.items):
         _launch(
             kernels.split_kernel,
-            len(plan.split.items),
+            len(work.split.items),
             (
                 kept["table"],
                 kept["coefficients"],
@@ -145,13 +145,13 @@ def step(of: Step) -> None:
                 found_inf,
                 of.seed,
                 kept["partials"],
-                plan.n_partials,
+                work.n_partials,
                 kept["factors"],
-                plan.n_factors,
+                work.n_factors,
                 kept["sync"],
-                plan.n_teams,
+                work.n_teams,
             ),
-            partial(_constants, of, plan.split, schedule.COLUMNS),
+            partial(_constants, of, work.split, schedule.COLUMNS),
             (of.rule, of.penalty),
             kept,
         )
@@ -176,8 +176,8 @@ def _launch(
         programs: how many.
         arguments: the kernel's first ones, all that are no constants.
         constants_of: returns the constants by name, and how many warps a program has.
-        choice: what the constants depend on, besides the plan.
-        kept: the batch's; its "compiled" lasts as long as the plan.
+        choice: what the constants depend on, besides the schedule.
+        kept: the batch's; its "compiled" lasts as long as the schedule.
     """
     key = (kernel, *choice, *map(_specialized, arguments))
     known = kept["compiled"].get(key)
@@ -248,25 +248,25 @@ def programs_at_once(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _plan(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
+def _make_schedule(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     """Make the tiles and the workspace; return the table's columns from OUTER on."""
     device, dtype = of.device, of.params[0].dtype
     states = len(of.state) // len(of.params)
     coupled = rows()[of.penalty][2] is not None
-    plan = kept["plan"] = schedule.plan(
+    work = kept["schedule"] = schedule.make_schedule(
         of.views, aligned, dtype.itemsize, states, programs_at_once(device), coupled
     )
-    kept["resident"] = gpu.to_device(device, torch.from_numpy(plan.resident.items))
-    kept["split"] = gpu.to_device(device, torch.from_numpy(plan.split.items))
+    kept["resident"] = gpu.to_device(device, torch.from_numpy(work.resident.items))
+    kept["split"] = gpu.to_device(device, torch.from_numpy(work.split.items))
     for name, size in (
-        ("partials", plan.n_partials * (load().MEASURES if coupled else 1)),
-        ("factors", plan.n_factors * (load().OUTCOMES if coupled else 1)),
+        ("partials", work.n_partials * (load().MEASURES if coupled else 1)),
+        ("factors", work.n_factors * (load().OUTCOMES if coupled else 1)),
         ("coefficients", len(of.params) * maths().N_COEFFICIENTS.value),
     ):
         kept[name] = torch.empty(size, dtype=state_dtype(dtype), device=device)
     kept["compiled"] = {}
-    kept["sync"] = torch.empty(1 + 2 * plan.n_teams, dtype=torch.int32, device=device)
-    return plan.layout
+    kept["sync"] = torch.empty(1 + 2 * work.n_teams, dtype=torch.int32, device=device)
+    return work.layout
 
 
 def _named(dtype: torch.dtype) -> Any:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tl1kernels.backends import gpu, triton_schedule
+
 # --- Memory. The table, int64, a row a tensor: addresses, then the view (Schedule.layout).
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
@@ -18,14 +20,20 @@ COPY = tl.constexpr(5)
 COUNTER = tl.constexpr(6)  # Adam's `step`, lr, and lam where they lie on the device, else 0
 LR_THERE = tl.constexpr(7)
 LAM_THERE = tl.constexpr(8)
-OUTER = tl.constexpr(9)
-GROUPS = tl.constexpr(10)
-INNER = tl.constexpr(11)
-PIECES = tl.constexpr(12)
-PARTIALS = tl.constexpr(13)
-TEAMS = tl.constexpr(14)
-FACTORS = tl.constexpr(15)
-TABLE = tl.constexpr(16)
+
+
+def _column(name):
+    return tl.constexpr(gpu.ADDRESSES + triton_schedule.FIELDS.index(name))
+
+
+OUTER = _column("outer")
+GROUPS = _column("groups")
+INNER = _column("inner")
+PIECES = _column("pieces")
+PARTIALS = _column("partials")
+TEAMS = _column("teams")
+FACTORS = _column("factors")
+TABLE = tl.constexpr(gpu.ADDRESSES + len(triton_schedule.FIELDS))
 
 # The work, int32, a row a program: index of the tensor, kind, then of a resident tile its index, of
 # others the index of its team, and its own in that.

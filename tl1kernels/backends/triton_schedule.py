@@ -48,6 +48,12 @@ COLUMNS_KIND, LONG_KIND = 0, 4  # as kinds of split tile: plus a phase
 FIRST, SECOND, WHOLE, HELD = 0, 1, 2, 3  # phases
 
 
+FIELDS = ("outer", "groups", "inner", "pieces", "partials", "teams", "factors")
+ROW = np.dtype([(name, np.int64) for name in FIELDS])
+"""A tensor's part of the layout: its view, the pieces of a team, where those of its teams begin in
+the workspaces."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """How much a program of a kernel takes, and who does it.
@@ -121,7 +127,7 @@ class Schedule:
     """The tiles of a batch.
 
     Attributes:
-        layout: int64, [tensors, 7]: the table's columns from OUTER on.
+        layout: ROW, [tensors].
         resident: tiles that see each weight once and for all.
         split: tiles that share groups, and columns; in the order in which they must begin.
         n_partials: sums that the split tiles leave for each other.
@@ -129,7 +135,7 @@ class Schedule:
         n_teams: teams of split tiles.
     """
 
-    layout: NDArray[np.int64]
+    layout: NDArray[np.void]
     resident: Work
     split: Work
     n_partials: int
@@ -137,7 +143,7 @@ class Schedule:
     n_teams: int
 
 
-def plan(
+def make_schedule(
     views: Sequence[GroupView],
     aligned: Sequence[bool],
     itemsize: int,
@@ -162,7 +168,7 @@ def plan(
     longest = max((WIDTHS[kind][0] for kind in kinds_of.values()), default=0)
     tile = resident_tile(longest, itemsize, states)
     shared = split_tile(itemsize, states)
-    layout = np.zeros((len(views), 7), np.int64)
+    layout = np.zeros(len(views), ROW)
     resident: list[Items] = []
     held: list[Items] = []
     whole: list[Items] = []
@@ -170,7 +176,7 @@ def plan(
     n_partials = n_factors = n_teams = 0
     for index, (view, at_16) in enumerate(zip(views, aligned, strict=True)):
         blocks, outer, groups, inner = view.blocks, view.outer, view.groups, view.inner
-        pieces = 1
+        row, pieces = layout[index], 1
         if view.n_groups * view.group_size == 0:
             continue
         if not view.grouped:
@@ -197,7 +203,7 @@ def plan(
                 teams = blocks * groups
                 wide = at_16 and inner % vector == 0
                 kind, sums, factors = LONG_KIND, teams * pieces, teams
-            layout[index, 4:] = n_partials, n_teams, n_factors
+            row["partials"], row["teams"], row["factors"] = n_partials, n_teams, n_factors
             if pieces == 1:
                 whole.append(items_of(index, _kind(kind + WHOLE, wide), teams))
             else:
@@ -215,7 +221,7 @@ def plan(
                         for phase in (FIRST, SECOND)
                     )
                     twice.append((next(both), next(both)))
-        layout[index, :4] = outer, groups, inner, pieces
+        row["outer"], row["groups"], row["inner"], row["pieces"] = outer, groups, inner, pieces
     return Schedule(
         layout,
         _work(resident, tile),
