@@ -77,7 +77,7 @@ def tiles(*sizes: tuple[int, int]) -> dict[str, object]:
 
 KNOBS = [
     Knob("cuda", cuda_schedule, "HELD", numbers(9 << 10, 12 << 10, 24 << 10, 36 << 10)),
-    Knob("cuda", cuda_schedule, "TILE", numbers(3584, 10240, 14336)),
+    Knob("cuda", cuda_schedule, "TILE", numbers(3584, 10240, 12288)),
     Knob("cuda", cuda_schedule, "ALONE", numbers(4096, 12288, 16384)),
     Knob("cuda", cuda_schedule, "PANEL", numbers(16, 32)),
     Knob(

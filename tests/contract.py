@@ -127,11 +127,12 @@ CONTRACT = {
         {"test_optim": ["test_autograd_knows_what_a_step_has_written"]},
     ),
     "torch.compile": (
-        "one op, no graph break, no recompilation by a schedule; `opcheck`",
+        "a step is one op, and a prox: no graph break, no recompilation by a schedule; `opcheck`",
         {
             "test_compile": [
                 "test_a_step_has_no_graph_break_and_no_schedule_recompiles_it",
                 "test_a_training_step_with_a_scheduler_is_not_recompiled_after_warm_up",
+                "test_a_prox_is_one_op_and_no_step_size_recompiles_it",
                 "test_the_op_passes_opcheck",
             ],
         },
@@ -167,6 +168,10 @@ CONTRACT = {
     "memory": (
         "the kernels need the groups' sums, no more; the reference, float64 temporaries",
         {"test_native": ["test_a_step_needs_no_memory_beyond_the_groups"]},
+    ),
+    "sharding": (
+        "`ZeroRedundancyOptimizer`; `fully_shard`, by the reference",
+        {"test_distributed": ["test_on_two_ranks"]},
     ),
     "clients": (
         "Lightning, Accelerate, transformers, TensorBoard",

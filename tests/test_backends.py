@@ -1,6 +1,7 @@
 """Choosing a backend: by name, by environment, by preference; never in silence."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -96,6 +97,17 @@ def test_unknown_names():
         tk.use_backend("abacus")  # without `with` too
 
 
+@pytest.mark.parametrize("name", [["cpu"], [], {}, 3])
+def test_what_is_no_name_is_refused_as_an_unknown_name_is(name):
+    message = re.escape(
+        f"backend must be None or one of 'cpu', 'triton', 'cuda', 'reference', got {name!r}"
+    )
+    with pytest.raises(ValueError, match=message):
+        tk.use_backend(name)
+    with pytest.raises(ValueError, match=message):
+        tk.prox(torch.ones(2), 0.1, backend=name)
+
+
 def test_unknown_name_in_the_environment(monkeypatch):
     monkeypatch.setenv("TL1KERNELS_BACKEND", "abacus")
     with pytest.raises(ValueError, match="'abacus'"):
@@ -136,6 +148,22 @@ def test_info_tells_what_is_wrong_with_the_environment(monkeypatch):
     assert report.asked_for == "abacus"
     monkeypatch.setenv("TL1KERNELS_BACKEND", "reference")
     assert tk.info().runs_on["cpu"] == "reference"
+
+
+@needs_cpu
+@pytest.mark.parametrize("backend", ["", "cpu"])
+def test_an_unknown_build_is_one_sentence_from_a_step_and_in_info(backend, monkeypatch):
+    monkeypatch.setenv("TL1KERNELS_BACKEND", backend)
+    monkeypatch.setenv("TL1KERNELS_CPU", "abacus")
+    names = ", ".join(map(repr, torch.ops.tl1kernels.cpu_builds().split()))
+    message = f"TL1KERNELS_CPU must be one of {names} on this processor, got 'abacus'"
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        tk.prox(torch.ones(2), 0.1)
+    report = tk.info()
+    assert report.runs_on["cpu"] == f"nothing: {message}"
+    assert report.native.endswith(f"; {message}")
+    with tk.use_backend("reference"):
+        assert tk.info().runs_on["cpu"] == "reference"
 
 
 @pytest.mark.parametrize("rule", [Assign, SGD, Adam])

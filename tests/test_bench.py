@@ -116,6 +116,32 @@ def test_what_cannot_run_is_refused(tmp_path, capsys, monkeypatch):
         assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("size", [10**9 - 1, 10**10, 10**20])  # bytes, their count, an int64
+def test_a_size_that_memory_has_no_room_for_is_one_line(size, tmp_path, capsys):
+    assert cli.main(["bench", "--device", "cpu", "--size", str(size), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"tl1kernels: --size must be smaller, got {size}: "
+        "memory does not suffice for 'prox alone, rows'\n"
+    )
+
+
+def test_a_gpu_without_room_says_the_same_and_other_errors_stay_what_they_are(
+    tmp_path, capsys, monkeypatch
+):
+    def failing(error):
+        def timed(*_):
+            raise error
+
+        return timed
+
+    monkeypatch.setattr(command, "timed", failing(torch.OutOfMemoryError("CUDA out of memory")))
+    assert bench(tmp_path) == 2
+    assert "--size must be smaller, got 64: memory does not suffice" in capsys.readouterr().err
+    monkeypatch.setattr(command, "timed", failing(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match=r"^another$"):
+        bench(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("rule", "dtype", "want"),
     [

@@ -1,5 +1,9 @@
 """The command line: what every command says of Ctrl-C, of the environment and of backends."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -54,6 +58,30 @@ def test_an_unknown_build_for_the_cpu_is_one_line_before_any_work(
     assert "TL1KERNELS_CPU must be one of " in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["--version", "info", "train"])  # argparse, print and rich
+def test_where_nobody_reads_a_command_ends_quietly(name, tmp_path):
+    nobody_reads, stdout = os.pipe()
+    os.close(nobody_reads)
+    command = [sys.executable, "-m", "tl1kernels"]
+    command += words(name, tmp_path) if name in SHORT else [name]
+    done = subprocess.run(
+        command,
+        check=False,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # what is buffered is written at exit
+    )
+    os.close(stdout)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"tl1kernels {tk.__version__}\n"
 
 
 @pytest.mark.skipif(backends.native.unavailable() is not None, reason="no native library")

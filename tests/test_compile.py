@@ -1,4 +1,4 @@
-"""A step inside torch.compile: one op in the graph, no break, no recompilation by a schedule."""
+"""Steps and proxes inside torch.compile: one op in the graph, no recompilation by a schedule."""
 
 import pytest
 import torch
@@ -181,3 +181,72 @@ def test_what_the_graph_writes_before_and_after_the_step_counts(backend, each_ba
             function()
         results.append(p.detach().clone())
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"group_by": "in"},
+        {"group_by": -1, "penalty": "scad", "mu": 0.3},
+        {"penalty": None, "group_by": 0},
+    ],
+    ids=["alone", "in", "an int dim", "groups alone"],
+)
+def test_a_prox_is_one_op_and_no_step_size_recompiles_it(options):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def twice(v, step, lam):
+        return tk.prox(2 * v, step, lam=lam, **options) + 1
+
+    compiled = torch.compile(twice, backend=counter, fullgraph=True)
+    v = torch.randn(8, 16, requires_grad=True)
+    counts = []
+    for i in range(1, 7):
+        found = compiled(v, 0.1 * i, 1.5 / i)
+        assert torch.equal(found, twice(v, 0.1 * i, 1.5 / i))
+        assert not found.requires_grad
+        counts.append(counter.frame_count)
+    assert counts[2:] == [counts[2]] * 4
+    lam = torch.tensor(0.5)
+    assert torch.equal(compiled(v, 0.1, lam), twice(v, 0.1, lam))
+    (op,) = (n for n in counter.graphs[-1].graph.nodes if "tl1kernels" in str(n.target))
+    assert "prox_" in str(op.target)
+
+
+def test_a_compiled_prox_writes_where_it_is_told():
+    def in_place(v, out):
+        tk.prox(v, 0.3, group_by="in", out=out)
+        tk.prox_(v, 0.1)
+        return v + out
+
+    v = torch.randn(8, 16)
+    results = []
+    for function in (in_place, torch.compile(in_place, backend="aot_eager", fullgraph=True)):
+        mine, out = v.clone(), torch.empty(8, 16)
+        results.append((function(mine, out), mine, out))
+    assert all(map(torch.equal, *results))
+    compiled = torch.compile(lambda v: tk.prox_(v, -1.0), backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match=r"step must be finite and >= 0, got -1\.0"):
+        compiled(mine)
+    assert torch.equal(mine, results[1][1])
+
+
+@pytest.mark.parametrize("penalty", [None, *tk.PENALTIES])
+def test_a_loss_with_the_penalty_in_it_compiles_whole(penalty):
+    def loss(w):
+        return w.square().sum() + tk.penalty_value(w, lam=0.1, penalty=penalty, group_by="in")
+
+    found = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        w = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        function(w).backward()
+        found.append(w.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_the_op_of_a_prox_passes_opcheck():
+    v, out = torch.randn(8, 16), torch.empty(8, 16)
+    numbers = torch.tensor(0.1), torch.tensor(1.0), None, torch.tensor(0.5)
+    names = "tl1", "in", None, None
+    torch.library.opcheck(torch.ops.tl1kernels.prox_.default, (out, v, *numbers, *names))

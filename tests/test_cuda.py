@@ -4,32 +4,64 @@ The kernels run emulated on the host, or on a GPU. What they share with others i
 test_gpu_backends.py and test_kernels.py.
 """
 
+import dataclasses
 import math
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tl1kernels as tk
+from tests.common import assert_near, rounding
+from tl1kernels import plan as planning
 from tl1kernels.backends import cuda, native
 from tl1kernels.backends import cuda_schedule as schedule
 from tl1kernels.backends.gpu import ADDRESSES
+from tl1kernels.batch import SGD, Entry, Numbers
+from tl1kernels.penalties import Terms
+from tl1kernels.plan import FLOAT_DTYPES as DTYPES
 from tl1kernels.views import GroupView, view_of
 
 SHAPES = {schedule.CHUNK_SHAPE: "chunk", schedule.PANEL_SHAPE: "panel", schedule.RUN_SHAPE: "run"}
 PHASES = {schedule.HELD_PHASE: "", schedule.FIRST: " first", schedule.SECOND: " second"}
 
 
-def planned(views, aligned=True, vector=4, blocks=264, coupled=False):
+def planned(views, aligned=True, vector=4, blocks=264, coupled=False, shared_bytes=None):
     aligned = [aligned] * len(views)
     arithmetic = 8 if vector == 2 else 4
-    return schedule.make_schedule(views, aligned, vector, arithmetic, blocks, coupled)
+    shared_bytes = shared_bytes or most_shared_bytes(vector, coupled)
+    return schedule.make_schedule(views, aligned, vector, arithmetic, blocks, coupled, shared_bytes)
+
+
+def most_shared_bytes(vector, coupled, states=3):
+    """Return csrc/cuda/step.cpp's shared_of, of a rule with so many states: three need most."""
+    arithmetic = 8 if vector == 2 else 4
+    measure = (40 if vector == 2 else 24) if coupled else arithmetic  # and an outcome's bytes
+    units = 2 + states * vector * arithmetic // 16
+    ring = (4 if units == 2 else 2) * units * 16 * schedule.THREADS
+
+    def up(size):
+        return -(-size // 16) * 16
+
+    def shared_bytes(parts, outcomes, waiting, piece):
+        at = 16 + ring
+        alone = up(up(at + parts * measure) + outcomes * measure) + waiting * arithmetic
+        of_team = up(at + schedule.THREADS * vector * measure)
+        of_team = up(of_team + schedule.TEAM_GROUPS * measure) + 2 * piece * arithmetic
+        return max(alone, of_team) if piece else alone
+
+    return shared_bytes
+
+
+def shared_of(plan):
+    return plan.parts, plan.outcomes, plan.waiting, plan.piece
 
 
 def names(plan):
@@ -80,52 +112,84 @@ def test_every_range_of_views_takes_its_work(shape, group_by, on_h200, on_two_bl
     assert all("by weight" in name for name in names(planned([view], aligned=False)))
 
 
-@given(
-    st.tuples(*[st.integers(1, 3), st.integers(1, 9000), st.integers(1, 300), st.integers(1, 900)]),
-    st.sampled_from([2, 4, 8]),
-    st.sampled_from([1, 2, 264]),
-    st.booleans(),
-    st.booleans(),
+# Blocks, outer, groups, inner: any; rows; runs; columns side by side.
+SIZES = st.one_of(
+    st.tuples(st.integers(1, 3), st.integers(1, 9000), st.integers(1, 300), st.integers(1, 900)),
+    st.tuples(st.just(1), st.just(1), st.integers(1, 9000), st.integers(1, 40)),
+    st.tuples(st.just(1), st.just(1), st.integers(1, 40), st.integers(1, 20_000)),
+    st.tuples(st.just(1), st.integers(1, 600), st.integers(1, 300), st.integers(1, 9)),
 )
+VECTORS = st.sampled_from([2, 4, 8])
+
+
+@given(
+    *(st.lists(SIZES, min_size=1, max_size=4), VECTORS),
+    *(st.sampled_from([1, 2, 264]), st.booleans(), st.booleans()),
+)
+@example([(1, 1, 4096, 1), (1, 1, 16, 8192)], 2, 264, True, False)
+@example([(1, 1, 4096, 1), (1, 1, 16, 8192)], 2, 264, True, True)
+@example([(1, 1, 4096, 1), (1, 1, 16, 8192)], 4, 264, True, True)
+@example([(1, 1, 4096, 1), (1, 1, 16, 8192)], 8, 264, True, True)
+@example([(1, 1, 4096, 2)], 2, 264, True, True)  # a batch of one view can need too much
+@example([(1, 1, 4096, 8)], 8, 264, True, True)
 def test_no_block_has_more_than_it_can_hold_and_pieces_have_all(
-    sizes, vector, blocks_at_once, at_16, coupled
+    batch, vector, blocks_at_once, at_16, coupled
 ):
-    view = GroupView((), *sizes, grouped=True)
-    plan = planned([view], at_16, vector, blocks_at_once, coupled)
+    views = [GroupView((), *sizes, grouped=True) for sizes in batch]
+    plan = planned(views, at_16, vector, blocks_at_once, coupled)
+    needed = most_shared_bytes(vector, coupled)(*shared_of(plan))
+    assert needed <= 101_376, needed  # of the smallest GPUs
+    most_pieces = 1
+    for index, (view, row) in enumerate(zip(views, plan.layout, strict=True)):
+        resident, split = (of[of[:, 0] == index] for of in (plan.resident, plan.split))
+        row = dict(zip(schedule.FIELDS, row.tolist(), strict=True))
+        check_work(view, row, resident, split, vector)
+        if not len(split):
+            most_pieces = max(most_pieces, row["pieces"])
+    assert plan.most_pieces == most_pieces <= blocks_at_once
+
+
+def check_work(view, row, resident, split, vector):
+    """Assert that one tensor's items have all its weights, and each no more than it can."""
+    sizes = view.blocks, view.outer, view.groups, view.inner
     blocks, outer, groups, inner = sizes
-    (row,) = [dict(zip(schedule.FIELDS, row, strict=True)) for row in plan.layout.tolist()]
     assert [row[n] for n in ("outer", "groups", "inner", "numel")] == [*sizes[1:], math.prod(sizes)]
     span, width, lanes, rows, columns, pieces, across = (
         row[n]
         for n in ("span", "width", "lanes", "share_rows", "share_columns", "pieces", "across")
     )
-    arithmetic = 8 if vector == 2 else 4
-    measure = (40 if vector == 2 else 24) if coupled else arithmetic  # and an outcome's bytes
-    bytes_shared = (plan.parts + plan.outcomes) * measure + max(
-        plan.waiting, 2 * plan.piece
-    ) * arithmetic
-    assert bytes_shared <= 67 << 10  # beside the ring, of 99 on the smallest GPU
-    shapes = {kind >> 1 & 3 for kind in [*plan.resident[:, 1], *plan.split[:, 1]]}
+    shapes = {kind >> 1 & 3 for kind in [*resident[:, 1], *split[:, 1]]}
     assert len(shapes) == 1
     assert 0 < lanes <= schedule.THREADS
-    items = len(plan.resident) + len(plan.split)
+    items = len(resident) + len(split)
     if shapes == {schedule.CHUNK_SHAPE}:
         assert lanes & (lanes - 1) == 0
         assert span % width == 0
         assert items == -(-math.prod(sizes) // span)
         return
-    assert plan.most_pieces == (1 if len(plan.split) else pieces) <= blocks_at_once
     assert pieces % across == 0
     down = pieces // across
     assert (down - 1) * rows < outer <= down * rows  # and none of them is empty
     assert (across - 1) * columns < span <= across * columns
     teams = blocks * (groups if shapes == {schedule.RUN_SHAPE} else -(-groups * inner // span))
-    assert items == teams * pieces * (2 if len(plan.split) else 1)
+    assert items == teams * pieces * (2 if len(split) else 1)
     assert lanes >= 2
     if shapes == {schedule.PANEL_SHAPE}:
         assert span % inner == 0
         assert span <= min(lanes * vector, schedule.WIDE_PANEL)
         assert span // inner <= schedule.TEAM_GROUPS
+
+
+@given(st.lists(SIZES, min_size=1, max_size=4), st.sampled_from([4, 8]), st.booleans())
+@example([(1, 1, 4096, 1), (1, 1, 16, 8192), (1, 64, 300, 8)], 8, True)
+def test_float32_and_16_bits_have_room_for_whole_tiles_in_any_batch(batch, vector, at_16):
+    """Of single weights' penalties."""
+    views = [GroupView((), *sizes, grouped=True) for sizes in batch]
+    plan = planned(views, at_16, vector)
+    roomy = planned(views, at_16, vector, shared_bytes=lambda *entries: 0)
+    assert shared_of(plan) == shared_of(roomy)
+    for name in ("layout", "resident", "split"):
+        assert np.array_equal(getattr(plan, name), getattr(roomy, name)), name
 
 
 def test_split_pieces_come_in_an_order_in_which_nobody_waits_for_ever():
@@ -185,6 +249,126 @@ emulated = pytest.mark.skipif(
     not cuda.emulated() or cuda.unavailable() is not None,
     reason=f"cuda, emulated: {cuda.unavailable() or 'TL1KERNELS_CUDA does not ask for it'}",
 )
+
+
+STORED = {"float64": 2, "float32": 4, "bfloat16": 8, "float16": 8}
+RULES = {"sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}
+
+
+@emulated
+@given(*[st.integers(0, 8192)] * 4, st.sampled_from(["tl1", "cges"]))
+def test_the_kernels_need_as_much_shared_memory_as_these_tests_say(
+    parts, outcomes, waiting, piece, penalty
+):
+    entries = parts, outcomes, waiting, piece // 16 * 16
+    cuda.load()
+    for (dtype, vector), (rule, states) in product(STORED.items(), RULES.items()):
+        mine = most_shared_bytes(vector, penalty == "cges", states)(*entries)
+        op = torch.ops.tl1kernels.cuda_shared_bytes
+        assert op(dtype, dtype, rule, penalty, *entries) == mine, (dtype, rule)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("penalty", ["tl1", "cges"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_batch_of_rows_and_runs_has_room_on_the_smallest_gpu(dtype, penalty, amsgrad):
+    """The emulation has no more shared memory for a block than such a GPU."""
+    start = [torch.randn(shape).to(dtype) for shape in [(4096, 1), (16, 8192)]]
+    results = []
+    for backend in ("cuda", "reference"):
+        params = [p.clone().requires_grad_() for p in start]
+        for p in params:
+            p.grad = p.detach().clone()
+        options = {"lam": 0.5, "penalty": penalty, "group_by": 0, "amsgrad": amsgrad}
+        with tk.use_backend(backend):
+            tk.ProxAdam(params, lr=0.1, **options).step()
+        results.append(torch.cat([p.detach().flatten() for p in params]))
+    got, want = results
+    ulps = {torch.float32: 32, torch.float64: 64}.get(dtype, 4 * rounding("cuda", dtype) + 2)
+    assert_near(got, want, ulps, want.abs().clamp(min=1))
+
+
+@emulated
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [({"waiting": 1 << 20}, "no multiprocessor has room"), ({"most_pieces": 9}, "a team of 9")],
+)
+def test_a_step_that_is_refused_changes_nothing(monkeypatch, capturable, entries, message):
+    """Not even Adam's counter; nor is what a later step prepares taken for prepared."""
+    start = torch.randn(30, 40)
+    p = start.clone().requires_grad_()
+    p.grad = torch.ones_like(p)
+    optimizer = tk.ProxAdam([p], lr=0.1, lam=0.1, capturable=capturable)
+    make = schedule.make_schedule
+
+    def too_much(*args, **options):
+        return dataclasses.replace(make(*args, **options), **entries)
+
+    with tk.use_backend("cuda"):
+        with monkeypatch.context() as patched:
+            patched.setattr(schedule, "make_schedule", too_much)
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match=message):
+                    optimizer.step()
+        assert torch.equal(p, start)
+        assert [x.any() for x in optimizer.state[p].values()] == [False] * 3
+        checkpoint = optimizer.state_dict()
+        optimizer = tk.ProxAdam([p], lr=0.1, lam=0.1, capturable=capturable)
+        optimizer.load_state_dict(checkpoint)
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+    with tk.use_backend("reference"):
+        q = start.clone().requires_grad_()
+        q.grad = torch.ones_like(q)
+        tk.ProxAdam([q], lr=0.1, lam=0.1).step()
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@emulated
+def test_numbers_of_a_step_that_was_refused_are_prepared_by_the_next(monkeypatch):
+    p = torch.randn(30, 40).requires_grad_()
+    p.grad = torch.ones_like(p)
+    want = (p - 0.1).detach()
+    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.0)
+    step = torch.ops.tl1kernels.cuda_step_
+    at = [a.name for a in step.default._schema.arguments].index("in_a_team")
+    with tk.use_backend("cuda"):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                torch.ops.tl1kernels,
+                "cuda_step_",
+                lambda *args: step(*args[:at], 9, *args[at + 1 :]),
+            )
+            with pytest.raises(RuntimeError, match="a team of 9"):
+                optimizer.step()
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), want)
+
+
+@emulated
+def test_a_batch_is_refused_for_what_is_wrong_with_its_own_gpu(monkeypatch):
+    """Of several GPUs, of which the current one is another."""
+    asked = []
+
+    def problem(index):
+        asked.append(index)
+        return "no kernel image" if index == 1 else ""
+
+    monkeypatch.setattr(torch.ops.tl1kernels, "cuda_problem", problem)
+    cuda._problem_with.cache_clear()
+    p = torch.ones(3, 4)
+    entry = Entry(p, view_of(p, None), Numbers({"lr": 0.1, "weight_decay": 0.0}, Terms(0, 0, 1)))
+    (_, batch), *_ = planning.prepare([(SGD(), "tl1", entry, p)], "cuda")
+    assert asked == [0]
+    assert cuda.rejects(batch) is None
+    monkeypatch.setattr(cuda, "emulated", lambda: False)
+    for device in (0, 1, 1):
+        reason = cuda.rejects(dataclasses.replace(batch, device=torch.device("cuda", device)))
+        assert (reason or "").startswith("on cuda:1: no kernel image") == (device == 1), reason
+    assert asked == [0, 1]
+    cuda._problem_with.cache_clear()
 
 
 @emulated
@@ -264,6 +448,9 @@ import dataclasses, os, torch, tl1kernels as tk
 os.environ["TL1KERNELS_CUDA"] = "emulated"
 from tl1kernels.backends import cuda_schedule as schedule
 from tl1kernels.backends.gpu import ADDRESSES
+from tl1kernels.batch import SGD, Entry, Numbers
+from tl1kernels.penalties import Terms
+from tl1kernels.plan import FLOAT_DTYPES as DTYPES
 make_schedule = schedule.make_schedule
 schedule.BLOCKS_AT_ONCE, schedule.ALONE, schedule.PIECE = 1, 0, 512
 def faulty(*args, **options):
@@ -335,7 +522,7 @@ def test_on_hopper_shared_memory_has_room_for_as_many_blocks_as_registers_have()
                 views = [view_of(p, group_by if p.ndim > 1 else None) for p in metas]
                 plan = planned(views, vector=16 // dtype.itemsize, blocks=132 * by_registers)
                 assert len(plan.split) == 0
-                entries = plan.parts, plan.outcomes, plan.waiting, plan.piece
+                entries = shared_of(plan)
                 shared = torch.ops.tl1kernels.cuda_shared_bytes(name, name, rule, "tl1", *entries)
                 assert (228 << 10) // (shared + 1024) >= by_registers, (name, rule, group_by)
 

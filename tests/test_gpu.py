@@ -137,6 +137,55 @@ def test_a_graph_without_capturable_is_an_error():
     assert optimizer.state_dict()["state"][0]["step"] == before["state"][0]["step"]
 
 
+def test_a_step_between_a_capture_and_its_replay(backend):
+    """It reads nothing that only the replay will have brought."""
+    results = []
+    for captures in (True, False):
+        p = torch.linspace(-1, 1, 6000, device="cuda").view(60, 100).requires_grad_()
+        optimizer = tk.ProxSGD([p], lr=0.1, lam=0.2)
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        p.grad = torch.full_like(p, -0.5)  # elsewhere
+        if captures:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            optimizer.step()
+            graph.replay()
+        else:
+            optimizer.step()
+            optimizer.step()
+        torch.cuda.synchronize()
+        results.append(p.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_steps_on_one_stream_after_another_keep_what_they_read(backend):
+    """What a step has made on one stream is nobody else's while a step on another reads it."""
+    options = {"lr": 0.01, "lam": 0.5, "group_by": "in"}
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    results = []
+    for streams in ([first] * 2, [first, second]):
+        p = torch.linspace(-1, 1, 2**24, device="cuda").view(4096, 4096).requires_grad_()
+        torch.cuda.synchronize()
+        for _ in range(10):
+            optimizer = tk.ProxSGD([p], **options)
+            for stream in streams:
+                stream.wait_stream(first)
+                with torch.cuda.stream(stream):
+                    p.grad = torch.ones_like(p)
+                    optimizer.step()
+            del optimizer
+            with torch.cuda.stream(first):  # takes at once what has been freed
+                waste = [torch.full((2**k,), -1, device="cuda") for k in range(6, 18)]
+                del waste
+            first.wait_stream(second)
+        torch.cuda.synchronize()
+        results.append(p.detach().clone())
+    assert torch.equal(*results)
+
+
 def test_teams_on_two_streams_at_a_time(backend):
     """Each waits for its own while both are on the device."""
     generator = torch.Generator("cuda").manual_seed(0)

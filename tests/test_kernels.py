@@ -29,7 +29,7 @@ def test_tl1_is_within_4_ulp_and_dies_where_the_reference_does(kernels):
     """Over a from 1e-6 to 1e6 and tau from 1e-15 to 1; scaled by the conditioning."""
     generator = np.random.default_rng(0)
     worst = 0.0
-    for i in range(300):
+    for i in range(90 if kernels == "triton" else 300):  # its interpreter is slow
         a, tau = 10 ** generator.uniform(-3, 6), 10 ** generator.uniform(-10, 0)
         if i % 3 == 0:  # next to the double root
             tau = min(1.0, a * a / (2 * (a + 1)) * 10 ** generator.uniform(-0.5, 0.5))

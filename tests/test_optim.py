@@ -194,6 +194,43 @@ def test_bare_parameters_spare_biases_and_norm_scales():
         assert (p == 0).all() if p.ndim == 2 else torch.equal(p, before[name]), name
 
 
+def test_frozen_parameters_may_be_of_any_kind():
+    """As in torch, which looks at them when they have gradients."""
+    weight = torch.ones(2, 2, requires_grad=True)
+    thaws = torch.ones(4, 4)[::2]
+    frozen = [torch.ones(2, 2, dtype=torch.int8), torch.ones(2).to_sparse(), thaws]
+    optimizer = tk.ProxSGD([weight, *frozen], lr=0.1, lam=0.1)
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert weight[0, 0] < 1
+    before = weight.detach().clone()
+    thaws.requires_grad_().grad = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="must be dense"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+
+
+def test_inference_tensors_are_written_in_inference_mode_only():
+    """By torch's rule, and in torch's words."""
+    with torch.inference_mode():
+        p = torch.ones(2, 2)
+        p.grad = torch.ones(2, 2)
+    wanted = []
+    for kind in (torch.optim.SGD, tk.ProxSGD):
+        optimizer = kind([p], lr=0.1)
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside"):
+            optimizer.step()
+        assert kind is torch.optim.SGD or p.eq(1).all()
+        with torch.inference_mode():
+            p.fill_(1)
+            kind([p], lr=0.1).step()
+            wanted.append(p.clone())
+            p.fill_(1)
+    assert torch.equal(*wanted)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside"):
+        tk.prox_(p, 0.1)
+
+
 def test_a_group_that_sets_lam_regularizes_what_it_holds():
     vector = torch.ones(3, requires_grad=True)
     other = torch.ones(3, requires_grad=True)
@@ -212,6 +249,14 @@ def test_a_group_that_sets_lam_regularizes_what_it_holds():
         p.grad = torch.zeros(3)
     optimizer.step()
     assert [p[0].item() for p in (vector, other, spared)] == [0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("lam", [0.25, torch.tensor(0.25)], ids=["float", "tensor"])
+def test_a_group_with_the_optimizers_own_lam_spares_what_the_optimizer_spares(lam):
+    """So that a wrapper which writes the defaults into each group changes nothing."""
+    p = torch.ones(3, requires_grad=True)
+    optimizer = tk.ProxSGD([{"params": [p], "lam": lam}], lr=1.0, lam=lam)
+    assert optimizer.param_groups[0]["min_ndim"] == 2
 
 
 # --- Everything that a drop-in must not break.

@@ -341,6 +341,22 @@ def test_a_model_that_cannot_be_looked_into_is_refused_by_name():
     assert tk.sparsity(helped, torch.randn(2, 6)).flops == 48
 
 
+@pytest.mark.parametrize("model", [3, None, nn.Linear, [nn.Linear(2, 2)]])
+def test_what_is_no_module_is_refused_by_its_type(model):
+    with pytest.raises(
+        TypeError, match=rf"^model must be a torch.nn.Module, got {type(model).__name__}$"
+    ):
+        tk.sparsity(model)
+
+
+def test_a_parameter_on_the_meta_device_is_named():
+    with pytest.raises(ValueError, match=r"^weight of model \(Linear\) is on the meta device"):
+        tk.sparsity(nn.Linear(3, 2, device="meta"))
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, device="meta"))
+    with pytest.raises(ValueError, match=r"^weight of 1 \(BatchNorm1d\) is on the meta device"):
+        tk.sparsity(model, torch.randn(4, 3))
+
+
 def test_table_and_dict():
     left = tk.sparsity(convnet(), torch.randn(1, 1, 8, 8))
     lines = str(left).splitlines()

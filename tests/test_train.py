@@ -345,6 +345,34 @@ def test_a_broken_file_of_what_was_chosen_is_named_with_what_to_do(content, tmp_
     assert error.endswith("remove it, or write it anew by the same command with --search\n")
 
 
+def test_a_damaged_run_is_named_and_trained_again_once_it_is_removed(tmp_path):
+    setting = run.Setting("digits", "l1", 0.3, 1.0, 0, "validation", epochs=1)
+    first = run.run_to_file(setting, tmp_path, NOWHERE)
+    (file,) = tmp_path.glob("*.json")
+    for content in (b"", file.read_bytes()[:-1], b"[]", b"{}", b"3", b"\x80"):
+        file.write_bytes(content)
+        with pytest.raises(run.DamagedRunError, match="remove it, and the same command") as damaged:
+            run.run_to_file(setting, tmp_path, NOWHERE)
+        assert str(damaged.value).startswith(f"{file} cannot be read as the result of a run")
+    file.unlink()
+    assert run.run_to_file(setting, tmp_path, NOWHERE)["accuracy"] == first["accuracy"]
+
+
+def test_a_damaged_run_is_one_line_and_status_2(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    chosen = json.loads(experiment.chosen_path("digits").read_text())["chosen"]["none"]
+    setting = run.Setting("digits", "none", chosen["lam"], chosen["a"], 0, "test", 1)
+    file = runs / f"{setting.file_name}.json"
+    file.write_text("{")
+    file.with_suffix(".pt").touch()
+    command = ["train", "digits", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
+    assert cli.main([*command, "--methods", "none"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tl1kernels: {file} cannot be read as the result of a run")
+    assert error.count("\n") == 1
+
+
 def test_help_says_which_options_a_search_and_digits_do_not_use(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])

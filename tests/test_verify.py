@@ -15,8 +15,7 @@ from tests.common import COUPLED, ON_THE_REFERENCE_ALONE
 from tl1kernels import backends, cli, oracles
 from tl1kernels.backends import reference
 from tl1kernels.penalties import Penalty
-from tl1kernels.verify import GROUPINGS, RULES, Report, verify
-from tl1kernels.verify.checks import _check
+from tl1kernels.verify import GROUPINGS, RULES, Report, checks, verify
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)
@@ -30,7 +29,8 @@ def test_every_backend_passes(backend):
     assert len(rows) == len(report.checks) > 500
 
 
-def test_the_table_has_a_cell_for_every_rule_penalty_view_and_dtype():
+def test_the_table_has_a_cell_for_every_rule_penalty_view_and_dtype(monkeypatch):
+    monkeypatch.setattr("tl1kernels.verify.PARTS", (checks._steps,))
     report = verify("reference", 0)
     text = str(report)
     for section in RULES:
@@ -276,7 +276,7 @@ def test_what_a_rounding_does_not_change_is_decided():
 
 def test_the_percentile_is_of_the_errors():
     of = [np.arange(1.0, 2001.0)]
-    check = _check("section", "row", torch.float32, "nothing", of, 5000.0)
+    check = checks._check("section", "row", torch.float32, "nothing", of, 5000.0)
     assert (check.error, check.p999, check.cases) == (2000.0, 1998.0, 2000)
     assert "2e+03 / 2e+03" in str(Report("cpu", 0, (check,)))
 
@@ -290,7 +290,8 @@ def test_an_unknown_backend_or_penalty_is_named_as_it_is_typed(capsys):
     assert "got 'ridge'" in error
 
 
-def test_zeros_that_all_agree_are_a_check_of_every_weight():
+def test_zeros_that_all_agree_are_a_check_of_every_weight(monkeypatch):
+    monkeypatch.setattr("tl1kernels.verify.PARTS", (checks._many,))
     zeros = [check for check in verify("reference", 0, ["l1"]).checks if check.section == "zeros"]
     assert [(c.cases, c.differing, c.error, c.p999) for c in zeros] == [(2500, 0, 0, 0)] * 2
 
@@ -306,7 +307,8 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert "pip install 'tl1kernels[verify]'" in capsys.readouterr().err
 
 
-def test_input_is_fresh_and_the_callers_generator_untouched():
+def test_input_is_fresh_and_the_callers_generator_untouched(monkeypatch):
+    monkeypatch.setattr("tl1kernels.verify.PARTS", (checks._many, checks._roundings))
     before = torch.get_rng_state()
     assert verify("reference", None, ["l1"]).seed != verify("reference", None, ["l1"]).seed
     assert torch.equal(torch.get_rng_state(), before)

@@ -83,6 +83,7 @@ def test_auto_is_in_for_matrices_out_for_filters_and_nothing_for_vectors():
     [
         (torch.empty(3), "in", r"'in' needs at least 2 dims, got shape \(3,\)"),
         (torch.empty(()), "out", r"'out' needs at least 1 dims"),
+        (torch.empty(()), 0, r"group_by=0 needs at least 1 dims, got shape \(\)"),
         (torch.empty(3), "in_spatial", "needs at least 2 dims"),
         (torch.empty(3), 1, r"group_by=1 must be a dim in \[-1, 0\]"),
         (torch.empty(4, 4)[:, :2], "in", r"dense.*strides \(4, 1\)"),

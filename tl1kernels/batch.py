@@ -172,6 +172,19 @@ def gradients(batch: Batch) -> list[Tensor]:
     return grads
 
 
+def needs_torch(batch: Batch) -> str | None:
+    """Return what no kernel can do with a batch, only torch; None if there is nothing."""
+    for entry, grad in zip(batch.entries, batch.grads, strict=True):
+        if entry.param.is_neg():
+            return "a parameter with its negative bit set"
+        for tensor in (entry.param, grad):
+            if hasattr(tensor, "__tensor_flatten__"):  # its memory is that of others
+                return f"a {type(tensor).__name__}"
+        if grad.dtype != batch.grad_dtype:
+            return f"a gradient of {grad.dtype} for a parameter of {batch.grad_dtype}"
+    return None
+
+
 def host_numbers(entry: Entry) -> tuple[dict[str, float], Terms]:
     """Return an entry's scalars and terms as plain numbers; waits for a device that has them."""
     return {name: float(value) for name, value in entry.scalars.items()}, entry.terms.read()

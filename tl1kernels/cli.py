@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tl1kernels import __version__
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status.
 
-    0, or 1 for a failed check, 2 for bad usage, 130 after Ctrl-C.
+    0, or 1 for a failed check or where nobody reads what is printed, 2 for bad usage, 130 after
+    Ctrl-C.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # at exit it is too late to catch that nobody reads
+    except BrokenPipeError:
+        # What is still buffered is flushed at exit, and would raise there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -36,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tl1kernels",
         description="Proximal optimizers for PyTorch that leave exact zeros.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     train = commands.add_parser(

@@ -1,14 +1,14 @@
-"""A step inside torch.compile: one op, which takes the optimizer's step as it runs outside.
+"""Steps and proximal steps inside torch.compile: one op each, which runs as it does outside.
 
-The op knows the optimizer by a number, and the options are read when it runs: no schedule of lr or
-lam recompiles anything, and the graph has no break.
+A step's op knows the optimizer by a number, and the options are read when it runs: no schedule of
+lr or lam recompiles anything, and the graph has no break.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,17 @@ def _run(params: list[Tensor], grads: list[Tensor], places: list[int], number: i
 
 
 _OPS = torch_library.Library("tl1kernels", "FRAGMENT")
-_OPS.define("optimizer_step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int number) -> ()")
-_OPS.impl("optimizer_step_", _run, "CompositeExplicitAutograd")
-torch_library.register_fake("tl1kernels::optimizer_step_", lambda *_: None)
+# torch.compile's own CUDA graphs would replay what the options were, and take back the memory that
+# steps keep. Older versions of torch have no such tag.
+_TAGS = tuple(tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe")
+
+
+def define(schema: str, run: Callable[..., None]) -> None:
+    """Define an op that returns nothing and writes to what its schema says."""
+    name = schema[: schema.index("(")]
+    _OPS.define(schema, tags=_TAGS)
+    _OPS.impl(name, run, "CompositeExplicitAutograd")
+    torch_library.register_fake(f"tl1kernels::{name}", lambda *_: None)
+
+
+define("optimizer_step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int number) -> ()", _run)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tl1kernels import plan
+from tl1kernels import compiled, plan
 from tl1kernels.batch import Assign, Entry, Numbers
 from tl1kernels.penalties import PENALTIES, Options, Regularizer, number_or_tensor
 from tl1kernels.views import GroupBy, view_of
@@ -63,10 +63,13 @@ def prox(
         TypeError, ValueError: naming the argument, its value and what is allowed.
         RuntimeError: the named backend cannot run.
     """
+    options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
+    options |= {"group_by": group_by, "group_weight": group_weight}
+    if torch.compiler.is_compiling():
+        return _in_graph(v, step, options, backend, out)
     plan.check_tensor("v", v)
     eta = number_or_tensor("step", step)
-    options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
-    reg = Regularizer.of({**options, "group_by": group_by, "group_weight": group_weight})
+    reg = Regularizer.of(options)
     source = v.detach()
     if out is None:
         out = torch.empty_like(v, memory_format=torch.preserve_format, requires_grad=False)
@@ -79,6 +82,65 @@ def prox(
     entry = Entry(out, view, Numbers({"lr": eta}, reg.terms(view)))
     plan.execute(plan.prepare([(Assign(), penalty, entry, source)], backend))
     return out
+
+
+def _in_graph(
+    v: Tensor,
+    step: float | Tensor,
+    options: dict[str, Any],
+    backend: str | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Put `prox` into torch.compile's graph, which takes it for an op."""
+    source = None if out is v else v.detach()
+    if out is None:
+        out = torch.empty_like(v, memory_format=torch.preserve_format, requires_grad=False)
+    # Of a product the compiler makes an input of the graph: another number compiles nothing anew.
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    numbers = (
+        value if value is None or isinstance(value, Tensor) else one * value
+        for value in (step, *(options[name] for name in ("lam", "a", "mu")))
+    )
+    names = (
+        None if name is None else str(name)
+        for name in (options["penalty"], options["group_by"], options["group_weight"], backend)
+    )
+    torch.ops.tl1kernels.prox_(out, source, *numbers, *names)
+    return out
+
+
+def _run_in_graph(
+    out: Tensor,
+    v: Tensor | None,
+    step: Tensor,
+    lam: Tensor,
+    a: Tensor | None,
+    mu: Tensor | None,
+    penalty: str | None,
+    group_by: str | None,
+    group_weight: str | None,
+    backend: str | None,
+) -> None:
+    with torch.no_grad():
+        prox(
+            out if v is None else v,
+            step,
+            lam=lam,
+            penalty=penalty,
+            a=a,
+            mu=mu,
+            group_by=group_by if group_by is None or group_by.isidentifier() else int(group_by),
+            group_weight=group_weight,
+            backend=backend,
+            out=out,
+        )
+
+
+compiled.define(
+    "prox_(Tensor(a!) out, Tensor? v, Tensor step, Tensor lam, Tensor? a, Tensor? mu, "
+    "str? penalty, str? group_by, str? group_weight, str? backend) -> ()",
+    _run_in_graph,
+)
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

@@ -37,7 +37,8 @@ def param_groups(
     with lam = 0. A parameter shared by several modules is taken once, where it first appears.
     Also there, with a warning that names them, goes what a weight is computed from
     (`weight_norm`, `torch.nn.utils.parametrize`): zeros of those are not the weight's zeros, and
-    a direction that became zero would make it NaN.
+    a direction that became zero would make it NaN. So do FullyShardedDataParallel's flat pieces,
+    of which nobody knows the groups.
 
     Where both terms are there (a penalty and groups), layer l of L gets, unless `mu` is given,
 
@@ -103,6 +104,11 @@ def _is_normed(module: nn.Module, name: str) -> bool:
     return name in both and both <= dict(module.named_parameters(recurse=False)).keys()
 
 
+def is_flat_piece(parameter: Tensor) -> bool:
+    """Return whether it is what FullyShardedDataParallel has made of weights."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
 def _weights(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Tensor]], list[Tensor]]:
     """Return the (name, module, weight) to regularize, and all other parameters, each once."""
     weights, rest, computed = [], [], []
@@ -114,7 +120,10 @@ def _weights(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Tensor]], lis
                 continue
             seen.add(parameter)
             full_name = f"{path}.{name}".lstrip(".")
-            if isinstance(module, ParametrizationList) or _is_normed(module, name):
+            if is_flat_piece(parameter):
+                rest.append(parameter)
+                computed.append(full_name)
+            elif isinstance(module, ParametrizationList) or _is_normed(module, name):
                 rest.append(parameter)
                 computed += [full_name] if parameter.ndim >= 2 else []
             elif parameter.ndim >= 2 and "weight" in name and not exempt:

@@ -20,7 +20,7 @@ class Info:
         versions: of this package, Python and torch.
         devices: device types that torch can use here.
         backends: name -> "available", or why not.
-        runs_on: device type -> backend of a step, or what is wrong with the one asked for.
+        runs_on: device type -> backend of a step, or what is wrong with what was asked for.
         native: the library of csrc: how it was built, or why it was not.
         cuda: the same of csrc/cuda.
         asked_for: the backend that `use_backend` or the environment names, if one does.
@@ -81,11 +81,13 @@ def info() -> Info:
 
 
 def _runs_on(device_type: str, asked: str | None) -> str:
-    """Return the backend of a step of SGD with TL1, or why the one asked for cannot take it."""
-    if asked is None:
-        return preferred(device_type)
-    if asked not in BACKENDS:
+    """Return the backend of a step of SGD with TL1, or why what was asked for cannot take it."""
+    name = preferred(device_type) if asked is None else asked
+    if name not in BACKENDS:
         return f"nothing: {asked!r} was asked for: no such backend"
     step = Batch(torch.device(device_type), torch.float32, SGD(), "tl1", [], [])
-    why = BACKENDS[asked].unavailable() or BACKENDS[asked].rejects(step)
-    return f"nothing: {asked!r} was asked for: {why}" if why else asked
+    try:
+        why = BACKENDS[name].unavailable() or BACKENDS[name].rejects(step)
+    except RuntimeError as error:  # the CPU's instruction set that was asked for
+        return f"nothing: {error}"
+    return f"nothing: {asked!r} was asked for: {why}" if asked and why else name

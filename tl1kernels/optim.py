@@ -7,6 +7,7 @@ They subclass torch's own, so that schedulers, hooks, scalers and isinstance see
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tl1kernels import compiled, plan
 from tl1kernels.batch import SGD, Adam, Entry, Numbers, Rule, state_dtype
+from tl1kernels.groups import is_flat_piece
 from tl1kernels.options import (
     check_group,
     check_state,
@@ -46,7 +48,8 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
         group_by: which weights form a group, as in `prox`; None for no groups.
         group_weight: None, or "sqrt" to weigh a group by the square root of its size.
         min_ndim: tensors of fewer dims stay unregularized: 2 spares biases and norm scales. In
-            a param group that sets `lam` itself the default is 0: the group says what it wants.
+            a param group with a `lam` of its own, not the optimizer's, the default is 0: the group
+            says what it wants.
         rounding: of bfloat16 parameters, "nearest" or "stochastic", which keeps on average what is
             too small a step for them; `torch.manual_seed` decides how, on every backend alike.
         master_weights: whether a 16-bit parameter follows a float32 master of it, which the step
@@ -134,15 +137,26 @@ class _Proximal(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; see `torch.optim.Optimizer.add_param_group`."""
         self.defaults.update(self.__dict__.pop("_options", {}))
-        if isinstance(param_group, dict) and "lam" in param_group:
+        # Wrappers (ZeroRedundancyOptimizer) put the optimizer's own lam into every group.
+        if isinstance(param_group, dict) and _is_another(param_group, self.defaults, "lam"):
             param_group.setdefault("min_ndim", 0)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            reg = check_group(group, group["params"])
+            # What is frozen may be of any kind, as for torch; if it thaws, its first step looks.
+            reg = check_group(group, [param for param in group["params"] if param.requires_grad])
         except BaseException:
             del self.param_groups[-1]
             raise
+        regularized = isinstance(reg.lam, Tensor) or reg.lam > 0
+        asks = reg.group_by is not None or group["min_ndim"] > 1  # for what a flat piece lacks
+        if regularized and asks and any(map(is_flat_piece, group["params"])):
+            warnings.warn(
+                "tl1kernels: params are flat pieces that FullyShardedDataParallel has made of "
+                "weights, with no groups and too few dims for min_ndim: fully_shard keeps both",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         group["a"] = reg.shape if group["a"] is None else group["a"]
         for name in ("lam", "a", "mu"):  # a NumPy scalar would keep a checkpoint from loading
             if group[name] is not None and not isinstance(group[name], Tensor):
@@ -390,6 +404,12 @@ _NO_TERMS = Terms(0.0, 0.0, 1.0)
 
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """torch's options that choose how a step runs, not what it does."""
+
+
+def _is_another(group: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> bool:
+    """Return whether a param group sets an option, and not to the default."""
+    own, default = group.get(name, defaults[name]), defaults[name]
+    return own is not default and (isinstance(own, Tensor) or own != default)
 
 
 def _counts_on_device(group: Mapping[str, Any]) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
 from tl1kernels import plan
-from tl1kernels.penalties import Regularizer, number_or_tensor
+from tl1kernels.penalties import REGULARIZER, Regularizer, number_or_tensor
 from tl1kernels.views import view_of
 
 
@@ -56,7 +55,7 @@ def check_state(name: str, value: Any, param: Tensor, counter: bool = False) -> 
         raise ValueError(f"state {name!r} must be {allowed}, got {got}")
 
 
-of_regularizer = itemgetter(*(field.name for field in fields(Regularizer)))
+of_regularizer = itemgetter(*REGULARIZER)
 
 
 # The options that choose batches and views, and are no numbers.

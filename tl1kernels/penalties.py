@@ -218,7 +218,7 @@ class Regularizer:
         Raises:
             TypeError, ValueError: naming the option, its value and what is allowed.
         """
-        given = {f.name: options[f.name] for f in fields(cls) if f.name in options}
+        given = {name: options[name] for name in REGULARIZER if name in options}
         if "lam" in given:
             given["lam"] = number_or_tensor("lam", given["lam"])
         for name in ("a", "mu"):
@@ -282,6 +282,10 @@ class Regularizer:
         problem = PENALTIES[self.penalty].check(self.shape, step) if self.penalty else None
         if problem:
             raise ValueError(f"a={self.shape} with {name}={step}: {problem}")
+
+
+REGULARIZER = tuple(field.name for field in fields(Regularizer))
+"""The options that are its fields."""
 
 
 def number(name: str, value: Any) -> float:

@@ -8,7 +8,7 @@ from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tl1kernels import backends
 from tl1kernels.batch import Batch, Entry, Rule
@@ -24,6 +24,11 @@ def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
     """
     batches: dict[tuple[object, ...], Batch] = {}
     work = list(work)
+    if not torch.is_inference_mode_enabled() and any(e.param.is_inference() for _, _, e, _ in work):
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed: clone it "
+            "outside of torch.inference_mode()"
+        )
     turns = _turns([entry.param for _, _, entry, _ in work])
     for turn, (rule, penalty, entry, grad) in zip(turns, work, strict=True):
         p, copy = entry.param, entry.copy
@@ -163,7 +168,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless `tensor` is a strided real floating-point tensor of a known dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if is_lazy(tensor):
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         kind = type(tensor).__name__
         raise ValueError(f"{name} must be initialized, got {kind}: run the model once before")
     if tensor.layout != torch.strided:

@@ -161,8 +161,9 @@ def sparsity(model: nn.Module, example_inputs: Any = None) -> Sparsity:
         used without calling it (attention's output projection) has no FLOPs; totals leave it out.
 
     Raises:
-        ValueError: a batch of no examples, or a lazy module that has not run yet.
-        TypeError: layers compiled by torch.jit, which cannot be looked into.
+        ValueError: a batch of no examples, a lazy module that has not run yet, or parameters on
+            the meta device.
+        TypeError: no nn.Module, or layers compiled by torch.jit, which cannot be looked into.
     """
     _check(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
@@ -180,7 +181,9 @@ def sparsity(model: nn.Module, example_inputs: Any = None) -> Sparsity:
 
 
 def _check(model: nn.Module) -> None:
-    """Raise for modules whose weights cannot be seen."""
+    """Raise for what is no module, and for modules whose weights cannot be seen."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         here = f"{name or 'model'} ({type(module).__name__})"
         if any(is_lazy(p) for p in module.parameters(recurse=False)):
@@ -188,6 +191,12 @@ def _check(model: nn.Module) -> None:
                 f"{here} is lazy and has no weights yet: run the model once, model(example), "
                 "before sparsity"
             )
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{own} of {here} is on the meta device, without values to count: load the "
+                    "model's weights before sparsity"
+                )
         if isinstance(module, torch.jit.ScriptModule) and (
             module is model or module.original_name in {layer.__name__ for layer in LAYERS}
         ):

@@ -92,7 +92,9 @@ def view_of(tensor: Tensor, group_by: GroupBy) -> GroupView:
     Raises:
         ValueError: the tensor is not dense, or lacks the dims that `group_by` names.
     """
-    return _view(tuple(tensor.shape), tensor.stride(), group_by)
+    # torch.compile would warn that it looks into no cache.
+    view = _view.__wrapped__ if torch.compiler.is_compiling() else _view
+    return view(tuple(tensor.shape), tensor.stride(), group_by)
 
 
 @lru_cache(maxsize=4096)
@@ -106,7 +108,7 @@ def _view(shape: tuple[int, ...], stride: tuple[int, ...], group_by: GroupBy) ->
     # Neighbouring dims of one kind merge into runs: [(is_group_dim, size), ...], slowest first.
     long_dims = [dim for dim in order if shape[dim] != 1]
     runs = [
-        (is_group, prod(shape[dim] for dim in run))
+        (is_group, prod([shape[dim] for dim in run]))
         for is_group, run in groupby(long_dims, key=lambda dim: dim in dims)
     ]
     sizes = []  # inner, groups, outer, blocks
@@ -148,6 +150,8 @@ def _group_dims(shape: tuple[int, ...], group_by: GroupBy) -> tuple[int, ...] | 
     if group_by is None:
         return None
     if isinstance(group_by, int):
+        if not ndim:
+            raise ValueError(f"group_by={group_by} needs at least 1 dims, got shape {shape}")
         if not -ndim <= group_by < ndim:
             raise ValueError(
                 f"group_by={group_by} must be a dim in [{-ndim}, {ndim - 1}] for shape {shape}"

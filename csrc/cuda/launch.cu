@@ -1,6 +1,5 @@
 // The kernels on a GPU, on the stream that Python hands over; nothing here waits for it.
 
-#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -62,18 +61,13 @@ int resident_blocks(Kernel kernel, size_t shared_bytes, int device) {
   return known[key] = each * processors;
 }
 
-void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int64_t in_a_team, const Place& place) {
-  const int64_t items = std::max({work.n_resident, work.n_split, int64_t(1)});
-  const int most = resident_blocks(kernel, shared_bytes, place.device);
-  STD_TORCH_CHECK(most > 0, "no multiprocessor has room for a block of ", shared_bytes,
-                  " bytes of shared memory");
-  STD_TORCH_CHECK(most >= in_a_team, "a team of ", in_a_team, " blocks, of which ", most, " run at the same time");
+void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int blocks, const Place& place) {
   // The blocks of a team wait for each other: all of the grid must run, or none of it.
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(std::min<int64_t>(items, most));
+  config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = THREADS;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(place.stream);
@@ -84,9 +78,12 @@ void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int64_t 
 }
 
 std::string problem_with(Kernel kernel, int device) {
-  cudaError_t error = cudaSetDevice(device);
+  int before = device;  // whoever asks keeps the device that is chosen
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (before != device) cudaSetDevice(before);
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // so that nobody else finds it
   return cudaGetErrorString(error);

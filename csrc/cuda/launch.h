@@ -28,9 +28,8 @@ struct Place {
 
 void launch_prepare(const Work& work, bool wide, const Place& place);
 
-// As many blocks as the device has room for, or fewer if that is enough; all run at the same time, no
-// less than wait for each other in a team.
-void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int64_t in_a_team, const Place& place);
+// `blocks` run at the same time.
+void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int blocks, const Place& place);
 
 // Why this kernel cannot run on the device: CUDA's words; "" if it can.
 std::string problem_with(Kernel kernel, int device);

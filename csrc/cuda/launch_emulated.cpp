@@ -1,7 +1,5 @@
 // The kernels on the host, for tests: as launch.cu.
 
-#include <algorithm>
-
 #include "launch.h"
 #include "prepare.h"
 
@@ -9,6 +7,7 @@ namespace tl1::gpu {
 namespace {
 
 constexpr int BLOCKS = 8;  // at most: enough for items to be shared out, and for a team
+constexpr size_t SHARED = 99 << 10;  // bytes that a block can have: of all GPUs the least
 
 }  // namespace
 
@@ -18,14 +17,13 @@ void launch_prepare(const Work& work, bool wide, const Place&) {
   }
 }
 
-void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int64_t, const Place&) {
+void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int blocks, const Place&) {
   const auto run = reinterpret_cast<void (*)(const Work&)>(const_cast<void*>(kernel));
-  const int64_t items = std::max({work.n_resident, work.n_split, int64_t(1)});
-  Emulation::run(static_cast<int>(std::min<int64_t>(items, BLOCKS)), shared_bytes, [&] { run(work); });
+  Emulation::run(blocks, shared_bytes, [&] { run(work); });
 }
 
 std::string problem_with(Kernel, int) { return ""; }
 
-int resident_blocks(Kernel, size_t, int) { return BLOCKS; }
+int resident_blocks(Kernel, size_t shared_bytes, int) { return shared_bytes > SHARED ? 0 : BLOCKS; }
 
 }  // namespace tl1::gpu

@@ -95,6 +95,16 @@ Shared shared_of(const Chosen& c, int64_t parts, int64_t outcomes, int64_t waiti
   return of(c.instance, parts, outcomes, waiting, piece);
 }
 
+// Of how many blocks the tiles are: as many as the device has room for, or fewer if that is enough.
+// Those of a team wait for each other: if not all of them run at the same time, it throws.
+int blocks_of(const Work& work, Kernel kernel, int64_t shared_bytes, int64_t in_a_team, int device) {
+  const int most = resident_blocks(kernel, shared_bytes, device);
+  STD_TORCH_CHECK(most > 0, "no multiprocessor has room for a block of ", shared_bytes,
+                  " bytes of shared memory");
+  STD_TORCH_CHECK(most >= in_a_team, "a team of ", in_a_team, " blocks, of which ", most, " run at the same time");
+  return std::min<int64_t>(std::max({work.n_resident, work.n_split, int64_t(1)}), most);
+}
+
 template <class T>
 T* data(const char* name, const Tensor& tensor, ScalarType type, int64_t columns) {
   STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous(), name,
@@ -145,8 +155,10 @@ void cuda_step_(const Tensor table, const Tensor scalars, const Tensor records, 
   work.seed = seed;
   work.maximize = maximize, work.nesterov = nesterov, work.decoupled = decoupled;
   const Place place{static_cast<int>(device), reinterpret_cast<void*>(stream)};
+  // First: `prepare` counts a step, of which nothing may be left if it is refused.
+  const int blocks = blocks_of(work, chosen.instance.kernel, shared.bytes, in_a_team, place.device);
   if (launch == 0) launch_prepare(work, chosen.wide, place);
-  launch_tiles(chosen.instance.kernel, work, shared.bytes, in_a_team, place);
+  launch_tiles(chosen.instance.kernel, work, shared.bytes, blocks, place);
 }
 
 // Why no kernel can run on the device; "" if they can. All are compiled for the same GPUs.

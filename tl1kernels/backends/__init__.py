@@ -66,7 +66,7 @@ def require(name: str | None) -> None:
     """Raise unless `name` is None or a backend that can run on this machine."""
     if name is None:
         return
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         names = ", ".join(repr(known) for known in BACKENDS)
         raise ValueError(f"backend must be None or one of {names}, got {name!r}")
     reason = BACKENDS[name].unavailable()

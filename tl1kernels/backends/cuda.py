@@ -41,7 +41,14 @@ def unavailable() -> str | None:
         return "torch's GPU is not one of CUDA's"
     if reason := native.why_not(load):
         return reason
-    problem = torch.ops.tl1kernels.cuda_problem(0 if emulated() else torch.cuda.current_device())
+    return _problem_with(0 if emulated() else torch.cuda.current_device())
+
+
+@cache
+def _problem_with(index: int) -> str | None:
+    """Return why the kernels cannot run on a GPU, by torch's number; None if they can."""
+    load()
+    problem = torch.ops.tl1kernels.cuda_problem(index)
     return f"{problem} ({build_info()})" if problem else None
 
 
@@ -80,6 +87,9 @@ def rejects(batch: Batch) -> str | None:
     """Return why the kernels cannot run this batch; None if they can."""
     if batch.device.type != ("cpu" if emulated() else "cuda"):
         return f"it has no kernels for {batch.device.type}"
+    # Of several GPUs the current one, of which `unavailable` asks, may be another.
+    if problem := _problem_with(batch.device.index or 0):
+        return f"on {batch.device}: {problem}"
     if batch.penalty is not None and batch.penalty not in penalties():
         return f"it has no penalty {batch.penalty!r}"
     for entry in batch.entries:
@@ -95,12 +105,17 @@ def run(batch: Batch) -> None:
 
 
 def step(of: Step) -> None:
-    """Launch the kernels on the current device. The scalars' columns are `cuda_scalar_names`."""
+    """Launch the kernels on the current device. The scalars' columns are `cuda_scalar_names`.
+
+    Raises:
+        RuntimeError: the device has no room for the blocks; nothing has changed then.
+    """
     load()
     kept = gpu.renew(of, partial(_make_schedule, of), _scalar_names().index("step"))
     work: schedule.Schedule = kept["schedule"]
     device = of.device
     on_gpu = device.type == "cuda"
+    launch = _launch(of, kept)
     torch.ops.tl1kernels.cuda_step_(
         kept["table"],
         kept["scalars"],
@@ -115,7 +130,7 @@ def step(of: Step) -> None:
         of.nesterov,
         of.decoupled,
         of.seed or 0,
-        _launch(of, kept),
+        launch,
         kept["factors_at"],
         work.parts,
         work.outcomes,
@@ -125,6 +140,8 @@ def step(of: Step) -> None:
         torch.cuda.current_device() if on_gpu else 0,
         torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
     )
+    if launch == 0 and not _varies(of, kept):
+        kept["prepared"] = of.scalars
 
 
 def _launch(of: Step, kept: dict[str, Any]) -> int:
@@ -135,18 +152,22 @@ def _launch(of: Step, kept: dict[str, Any]) -> int:
     """
     if gpu.capturing(of.device):
         kept["graphs"] = True
-    from_device = (*of.counters, *kept["there"], of.grad_scale, of.found_inf, of.seed)
-    varies = any(x is not None for x in from_device)
     if (
-        varies
+        _varies(of, kept)
         or "graphs" in kept
         or len(kept["schedule"].split)
         or kept["prepared"] is not of.scalars
     ):
-        kept["prepared"] = None if varies else of.scalars
+        kept["prepared"] = None  # until the step has been launched
         return 0
     kept["launches"] = (kept.get("launches", -1) + 1) % OWN_LAUNCHES
     return OWN_LAUNCHES + int(kept["launches"])
+
+
+def _varies(of: Step, kept: dict[str, Any]) -> bool:
+    """Return whether each step prepares numbers of its own."""
+    from_device = (*of.counters, *kept["there"], of.grad_scale, of.found_inf, of.seed)
+    return any(x is not None for x in from_device)
 
 
 def _names(of: Step) -> tuple[str, str, str, str | None]:
@@ -162,7 +183,10 @@ def _make_schedule(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     coupled = of.penalty is not None and of.penalty in ops.cuda_coupled_names().split()
     vector = 16 // dtype.itemsize
     make = partial(
-        schedule.make_schedule, of.views, aligned, vector, arithmetic.itemsize, coupled=coupled
+        schedule.make_schedule,
+        *(of.views, aligned, vector, arithmetic.itemsize),
+        coupled=coupled,
+        shared_bytes=partial(ops.cuda_shared_bytes, *_names(of)),
     )
     work = make(schedule.BLOCKS_AT_ONCE)
     if work.most_pieces > 1:

@@ -15,12 +15,17 @@ is read once and written once. A block has room for two pieces: it measures the 
 team's other blocks measure the last. What is larger than that is split: a first pass leaves the
 sums in memory, a second one reads all again, from the L2 cache if it can. Few pieces begin between
 a group's passes.
+
+All blocks of a launch have as much shared memory as the tensor that needs most of each kind. Where
+that is more than the smallest GPUs have, chunks and ALONE are half as large for the whole batch: in
+float64, or with a penalty of whole groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import gcd
 
 import numpy as np
@@ -41,6 +46,7 @@ WIDE_PANEL = 256  # where it takes more to have whole groups and whole vectors
 TEAM_GROUPS = 64  # of a panel, at most
 HELD = 18 << 10  # bytes that a block of a larger team holds of a piece
 BLOCKS_AT_ONCE = 1024  # at most
+SHARED = 99 << 10  # bytes of shared memory that a block can have: of all GPUs the least
 PIECE = 8192  # weights that a block takes of a split team
 LAG = 512
 """Pieces begun between a group's two passes: enough that the first is over and nobody waits."""
@@ -128,6 +134,7 @@ def make_schedule(
     arithmetic: int,
     blocks_at_once: int,
     coupled: bool,
+    shared_bytes: Callable[[int, int, int, int], int],
 ) -> Schedule:
     """Return the work for tensors with these views.
 
@@ -139,10 +146,19 @@ def make_schedule(
         arithmetic: bytes of a value in the arithmetic's dtype.
         blocks_at_once: how many blocks the GPU runs at the same time.
         coupled: whether the penalty is one of whole groups, of which more is measured.
+        shared_bytes: takes `parts`, `outcomes`, `waiting` and `piece` of a schedule; a block's
+            shared memory.
     """
+    start = partial(_Draft, vector, arithmetic, blocks_at_once, coupled)
+    work = _schedule(views, aligned, start(TILE, ALONE))
+    if shared_bytes(work.parts, work.outcomes, work.waiting, work.piece) > SHARED:
+        work = _schedule(views, aligned, start(TILE // 2, ALONE // 2))
+    return work
+
+
+def _schedule(views: Sequence[GroupView], aligned: Sequence[bool], draft: _Draft) -> Schedule:
     layout = np.zeros(len(views), ROW)
     flat = TILE if sum(v.n_groups * v.group_size for v in views) >= MANY else TILE // 2
-    draft = _Draft(vector, arithmetic, blocks_at_once, coupled)
     for index, (view, at_16) in enumerate(zip(views, aligned, strict=True)):
         row, numel = layout[index], view.n_groups * view.group_size
         if numel == 0:
@@ -174,6 +190,7 @@ class _Draft:
 
     Attributes:
         vector, arithmetic, blocks_at_once, coupled: see `make_schedule`.
+        tile, alone: TILE and ALONE, or less where these need too much shared memory.
         teams_of_many, others, split: lists of items, by who waits for whom.
         n_partials, ..., piece: see `Schedule`.
     """
@@ -182,6 +199,8 @@ class _Draft:
     arithmetic: int
     blocks_at_once: int
     coupled: bool
+    tile: int
+    alone: int
     teams_of_many: list[Items] = field(default_factory=list)
     others: list[Items] = field(default_factory=list)
     split: list[tuple[Items, Items]] = field(default_factory=list)
@@ -209,8 +228,9 @@ class _Draft:
         wide = aligned and size % self.vector == 0
         # Where a vector has weights of two groups, each weight is measured by itself.
         unit = self.vector if wide else 1
-        tile = TILE * 4 // self.arithmetic
-        most = min(tile, (COUPLED_PARTS if self.coupled else tile // self.vector) * unit)
+        tile = self.tile * 4 // self.arithmetic
+        parts = COUPLED_PARTS * self.tile // TILE if self.coupled else tile // self.vector
+        most = min(tile, parts * unit)
         if view.outer > 1 or 2 * size > most:
             return False
         span = most // size * size
@@ -274,7 +294,7 @@ class _Draft:
     def _held(self, outer: int, span: int, panel: bool) -> Share | None:
         """Return the shares of a team that holds its weights; None if none is small enough."""
         of = share(outer, span, self.vector, 1, panel)
-        if of.waiting <= ALONE:
+        if of.waiting <= self.alone:
             return of
         # The measures of a penalty of whole groups need room too.
         held = HELD // self.arithmetic // (2 if self.coupled else 1)

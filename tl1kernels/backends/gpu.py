@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl1kernels.batch import Batch, Entry, gradients, rule_name, scalar_table
+from tl1kernels.batch import Batch, Entry, gradients, needs_torch, rule_name, scalar_table
 from tl1kernels.views import GroupView
 
 STATES = 3
@@ -78,17 +78,13 @@ class Step:
 
 def rejects(batch: Batch) -> str | None:
     """Return what no kernel for GPUs can do with this batch; None if there is nothing."""
-    for entry, grad in zip(batch.entries, batch.grads, strict=True):
-        if entry.param.is_neg():
-            return "a parameter with its negative bit set"
-        if grad.dtype != batch.grad_dtype:
-            return f"a gradient of {grad.dtype} for a parameter of {batch.grad_dtype}"
+    for entry in batch.entries:
         for number in _on_device(batch, entry):
             if number is not None and number.dtype != torch.float32:
                 return f"a number of {number.dtype} on the device"
             if number is not None and number.device != batch.device:
                 return f"a number on {number.device} for a parameter on {batch.device}"
-    return None
+    return needs_torch(batch)
 
 
 def _on_device(batch: Batch, entry: Entry) -> list[Tensor | None]:
@@ -112,21 +108,23 @@ def _run(batch: Batch, launch: Callable[[Step], None], scalar_names: Sequence[st
         batch.numbers["scalars"] = scalar_table(batch, scalar_names)
     tables, rule = batch.tables, batch.rule
     grads = gradients(batch)
-    counters = tables["counters"]
+    counted = [] if rule.capturable else tables["counters"]
+    counters: tuple[Tensor, ...] = ()
     if batch.stochastic and capturing(batch.device):
         raise RuntimeError("a CUDA graph would round each replay alike: rounding='nearest' there")
-    if counters and not rule.capturable:
+    if counted:
         if capturing(batch.device):
             raise RuntimeError(_UNPREPARED)
         if batch.found_inf is not None and batch.found_inf.item():
             return
-        torch._foreach_add_(counters, 1)
+        # One sum for all: one for each would take longer than all the rest of the step.
+        counters = (torch.stack(counted) + 1).unbind()
     launch(
         Step(
             tables["params"],
             grads,
             tables["state"],
-            [] if rule.capturable else counters,
+            counters,
             batch.numbers["on_device"],
             tables["views"],
             batch.numbers["scalars"],
@@ -142,6 +140,8 @@ def _run(batch: Batch, launch: Callable[[Step], None], scalar_names: Sequence[st
             kept=batch.layouts,
         )
     )
+    if counted:  # only now: a step that is refused does not count
+        torch._foreach_copy_(counted, counters)
     torch.autograd.graph.increment_version(tables["written"])
 
 
@@ -176,6 +176,7 @@ def renew(step: Step, make_schedule: MakeSchedule, step_column: int) -> dict[str
     """
     kept: dict[str, Any] = {} if step.kept is None else step.kept
     device = step.device
+    _follow_stream(device, kept)
     _renew_table(step, make_schedule, kept)
     scalars = step.scalars
     if step.counters:
@@ -185,9 +186,26 @@ def renew(step: Step, make_schedule: MakeSchedule, step_column: int) -> dict[str
         kept["scalars"], kept["scalars_of"] = to_device(device, scalars), scalars
     if capturing(device):
         _captured.append(dict(kept))
-    elif device.type == "cuda" and "spare" not in kept:
-        kept["spare"] = torch.empty_like(kept["table"], device="cpu").pin_memory()
+    elif device.type == "cuda" and not kept.get("spares"):
+        kept["spares"] = _pinned((SPARES, *kept["table"].shape))
     return kept
+
+
+def _follow_stream(device: torch.device, kept: dict[str, Any]) -> None:
+    """Keep others from memory that a step on another stream than the last one's still reads."""
+    if device.type != "cuda" or capturing(device):
+        return
+    stream = torch.cuda.current_stream(device)
+    if kept.setdefault("stream", stream) != stream:
+        for tensor in kept.values():
+            if isinstance(tensor, Tensor) and tensor.device == device:
+                tensor.record_stream(stream)
+        kept["stream"] = stream
+
+
+def _pinned(shape: Sequence[int]) -> list[Tensor]:
+    """Return tables that copies to a device may be made of while a graph is captured."""
+    return [*torch.empty(shape, dtype=torch.int64, device="cpu").pin_memory().unbind()]
 
 
 def _renew_table(step: Step, make_schedule: MakeSchedule, kept: dict[str, Any]) -> None:
@@ -223,15 +241,19 @@ def _renew_table(step: Step, make_schedule: MakeSchedule, kept: dict[str, Any]) 
     if capturing(device):
         # Gradients have moved to the graph's own memory, as they do in torch's recipe. Each replay
         # copies the addresses from where they are now: nothing may write there again.
-        if "spare" not in kept:
+        if not kept.get("spares"):
             raise RuntimeError(_UNPREPARED)
-        host = kept.pop("spare").copy_(host)
+        host = kept["spares"].pop().copy_(host)
         kept["table"] = torch.empty_like(host, device=device).copy_(host, non_blocking=True)
+        kept["addresses"] = None  # until a replay nothing is there: no other step may read it
         _captured.append(host)
     else:
         kept["table"] = to_device(device, host)
-    kept["addresses"] = addresses
+        kept["addresses"] = addresses
 
+
+SPARES = 16
+"""Steps with addresses of their own that graphs may hold before a step outside them."""
 
 _captured: list[object] = []
 """What CUDA graphs use besides the optimizer's tensors: nobody can tell when they are gone."""

@@ -5,6 +5,7 @@ The step is one op, torch.ops.tl1kernels.step_; csrc/library.cpp has its schema.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch import library as torch_library
 
 import tl1kernels
-from tl1kernels.batch import Batch, gradients, rule_name, scalar_table
+from tl1kernels.batch import Batch, gradients, needs_torch, rule_name, scalar_table
 
 BINARY = "libtl1kernels_cpu.so"
 REPORT = "native_build.txt"
+ENVIRONMENT = "TL1KERNELS_CPU"
 
 
 def unavailable() -> str | None:
@@ -77,28 +79,38 @@ def build_info() -> str:
     """Return the library's own words about how it was built, and the instruction set it uses."""
     load()
     ops = torch.ops.tl1kernels
-    try:
-        used = ops.cpu_build()
-    except RuntimeError as error:
-        used = str(error)
-    return f"{ops.build_info()}; {used} of {ops.cpu_builds()}"
+    used = unknown_build() or f"{ops.cpu_build()} of {ops.cpu_builds()}"
+    return f"{ops.build_info()}; {used}"
+
+
+def unknown_build() -> str | None:
+    """Return what is wrong with the variable that chooses an instruction set; None if nothing is.
+
+    The op refuses it too, but with its place in the source before the sentence.
+    """
+    asked = os.environ.get(ENVIRONMENT)
+    if not asked or asked in (builds := torch.ops.tl1kernels.cpu_builds().split()):
+        return None
+    names = ", ".join(map(repr, builds))
+    return f"{ENVIRONMENT} must be one of {names} on this processor, got {asked!r}"
 
 
 def rejects(batch: Batch) -> str | None:
-    """Return why the library cannot run this batch; None if it can."""
+    """Return why the library cannot run this batch; None if it can.
+
+    Raises:
+        RuntimeError: TL1KERNELS_CPU names no instruction set that this processor can run.
+    """
     if batch.device.type != "cpu":
         return f"it has no kernels for {batch.device.type}"
     if batch.penalty is not None and batch.penalty not in penalties():
         return f"it has no penalty {batch.penalty!r}"
-    torch.ops.tl1kernels.cpu_build()  # raises where TL1KERNELS_CPU names none
-    for entry, grad in zip(batch.entries, batch.grads, strict=True):
-        if entry.param.is_neg():
-            return "a parameter with its negative bit set"
-        if grad.dtype != batch.grad_dtype:
-            return f"a gradient of {grad.dtype} for a parameter of {batch.grad_dtype}"
+    if wrong := unknown_build():
+        raise RuntimeError(wrong)  # a wish that cannot be met: no other backend may take over
+    for entry in batch.entries:
         if entry.terms.scale is not None or isinstance(entry.scalars["lr"], Tensor):
             return "lr or lam on a device"
-    return None
+    return needs_torch(batch)
 
 
 def run(batch: Batch) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     """Check, time, print and write; return the exit status, 1 where a step was wrong.
 
     Raises:
-        UsageError: no such device or backend here, or a folder that cannot be written.
+        UsageError: no such device or backend here, a folder that cannot be written, or more
+            weights than memory has room for.
     """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -97,9 +99,10 @@ def run(args: argparse.Namespace) -> int:
             progress.update(task, description=f"{case.name:36}")
             penalty = case.options.get("penalty", "tl1")
             if penalty in has:
-                if wrong := disagreement(case, device):
-                    raise WrongStepError(f"{case.name} on {backend}: {wrong}")
-                report.results.append(timed(case, device, clock, copy, args.rounds))
+                with _enough_memory(side, case):
+                    if wrong := disagreement(case, device):
+                        raise WrongStepError(f"{case.name} on {backend}: {wrong}")
+                    report.results.append(timed(case, device, clock, copy, args.rounds))
             else:
                 report.skipped[case.name] = f"{backend} has no penalty {penalty!r}"
             progress.advance(task)
@@ -119,6 +122,27 @@ def run(args: argparse.Namespace) -> int:
 
 class WrongStepError(Exception):
     """A step is not the reference's; nothing is written then."""
+
+
+# What torch says where memory does not suffice, nor an int64 for its bytes or for the side alone;
+# on the CPU it has no class of errors for these.
+_TOO_LARGE = (
+    *("can't allocate memory", "not enough memory"),
+    *("Storage size calculation overflowed", "Overflow when unpacking long"),
+)
+
+
+@contextmanager
+def _enough_memory(side: int, case: Case) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(words in str(error) for words in _TOO_LARGE):
+            raise
+        raise UsageError(
+            f"--size must be smaller, got {side}: memory does not suffice for {case.name!r}"
+        ) from error
 
 
 def timed(

@@ -15,7 +15,7 @@ import tl1kernels as tk
 from tl1kernels.cli import UsageError, choose_backend, make_out, require_among, try_step
 from tl1kernels.train import data, experiment, figures, report
 from tl1kernels.train.recipes import RECIPES
-from tl1kernels.train.run import METHODS, OPTIONS
+from tl1kernels.train.run import METHODS, OPTIONS, DamagedRunError
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UsageError: the arguments do not fit together, the data set or the backend is not there, or
-            --out cannot be written.
+            --out cannot be written, or holds a run that cannot be read.
     """
     console = Console()
     _check(args)
@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     try:
         return _search(args, console) if args.search else _final(args, examples, console)
+    except DamagedRunError as error:
+        raise UsageError(str(error)) from error
     except experiment.InterruptedRunsError as stop:
         console.print(f"\nInterrupted: {stop}.")
         return 130

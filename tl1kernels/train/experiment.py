@@ -63,6 +63,7 @@ def run_all(
         data_folder: where the data set is or is fetched to.
 
     Raises:
+        DamagedRunError: a result in `folder` cannot be read.
         InterruptedRunsError: on Ctrl-C; what was finished is in `folder`, the same call goes on.
     """
     wanted = list(dict.fromkeys(settings))

@@ -128,16 +128,30 @@ def accuracy(network: torch.nn.Module, data: Data) -> float:
     return right / len(data.eval_labels)
 
 
+class DamagedRunError(Exception):
+    """A result file is not what a run wrote; the message names it and says what to do."""
+
+
 def run_to_file(setting: Setting, folder: Path, data_folder: Path) -> dict[str, Any]:
     """Train, write `<file_name>.json` and `.pt` (a state_dict) to `folder`, return the result.
 
     A run that is there already is read instead, if this code made it on this machine. The JSON
     file appears last and whole, so that an interrupted run leaves nothing that looks finished.
+
+    Raises:
+        DamagedRunError: the result that is there cannot be read.
     """
     target = folder / f"{setting.file_name}.json"
     if target.exists() and target.with_suffix(".pt").exists():
-        known = json.loads(target.read_text())
-        if known["environment"] == environment():
+        try:
+            known = json.loads(target.read_text())
+            current = known["environment"] == environment()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedRunError(
+                f"{target} cannot be read as the result of a run ({type(error).__name__}: "
+                f"{error}): remove it, and the same command trains that run again"
+            ) from error
+        if current:
             return known
     network, result = train(setting, data_folder)
     torch.save(network.state_dict(), target.with_suffix(".pt"))
