@@ -234,3 +234,17 @@ def test_nothing_optional_is_imported_with_the_package():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@needs_cpu
+def test_what_the_library_rejects():
+    p, view = torch.ones(2, 2), view_of(torch.ones(2, 2), None)
+    plain, scale = {"lr": 0.1, "weight_decay": 0.0}, torch.tensor(0.1)
+    for scalars, terms, grad, why in (
+        (plain, Terms(0.1, 0.0, 1.0), p.double(), r"a gradient of torch\.float64 for .*float32"),
+        (plain, Terms(0.1, 0.0, 1.0, scale), p, "lr or lam on a device"),
+        ({**plain, "lr": scale}, Terms(0.1, 0.0, 1.0), p, "lr or lam on a device"),
+    ):
+        entry = Entry(p, view, Numbers(scalars, terms))
+        with pytest.raises(RuntimeError, match=f"'cpu' cannot run this step: {why}"):
+            plan.prepare([(SGD(), "tl1", entry, grad)], "cpu")

@@ -248,3 +248,97 @@ def test_the_newest_results_of_a_gpu_become_the_readmes_table(tmp_path, monkeypa
     _, _, line, _, caption = readme.gpu().split("\n")
     assert line == "| rows | a copy | 0.200 | 4000 | 1.12 **missed** | 1.00, 1.20 | 1.10 |"
     assert "A GPU, torch 2.0, Triton 3.0, copy 4200 GB/s; commit abc." in caption
+
+
+def test_a_cases_figures_are_in_their_units_and_ours_is_above(monkeypatch):
+    taken = {"ours": [2e-3] * 6, cases.PEER: [1e-3] * 6}
+    monkeypatch.setattr(timing, "interleaved", lambda *_, **options: taken)
+    case = cases.Case("", "SGD", {}, ((1000, 1000),))
+    got = command.timed(case, "cpu", timing.on_host, 3e10, 2)
+    assert (got.ms, got.peer_ms) == pytest.approx((2.0, 1.0))
+    assert (got.lowest, got.ratio, got.highest) == pytest.approx((2.0, 2.0, 2.0))
+    assert (got.gb_per_s, got.of_copy) == pytest.approx((6.0, 0.2))  # 12 bytes a weight
+
+
+def test_a_copy_reads_and_writes(monkeypatch):
+    monkeypatch.setattr(timing, "on_host", lambda copy: 0.5)
+    assert timing.copy_bandwidth("cpu") == 2 * 2 * (4 << 24)
+
+
+def test_the_mean_of_ratios_is_geometric():
+    assert timing.geometric_mean([4.0, 0.25]) == pytest.approx(1.0)
+
+
+def test_many_weights_that_die_wrongly_are_found(monkeypatch):
+    """A penalty that jumps may take some at its threshold either way, three at most."""
+    if backends.preferred("cpu") == "reference":
+        pytest.skip("nothing to compare the reference with")
+    right = reference._run_entry
+    case = next(case for case in SQUARES if case.name == "SGD, no groups")
+    for n, found in ((3, False), (9, True)):
+
+        def wrong(rule, penalty, entry, *more, n=n):
+            right(rule, penalty, entry, *more)
+            entry.param[0, :n] = 0.0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "_run_entry", wrong)
+            assert bool(cases.disagreement(case, "cpu")) == found
+
+
+def test_growth_with_threads_runs_on_that_many(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+
+    def sides(make, *_, **options):
+        seen.append(torch.get_num_threads())
+        return {"ours": [1.0]}
+
+    monkeypatch.setattr(timing, "interleaved", sides)
+    threads = [case for case in cases.growth(64, "cpu") if case.axis == "threads"]
+    for case in threads:
+        command.timed(case, "cpu", timing.on_host, 1.0, 1)
+    assert seen == [case.at for case in threads] == sorted({1, 2, before})
+    assert torch.get_num_threads() == before
+
+
+def test_of_sparse_weights_as_many_are_zero_as_the_case_says(monkeypatch):
+    made = []
+    fresh_ = cases.fresh
+    monkeypatch.setattr(cases, "fresh", lambda *args: made.append(fresh_(*args)) or made[-1])
+    (case,) = (case for case in cases.cases(300) if case.zeros)
+    monkeypatch.setattr(cases, "steps_on_one_memory", lambda *_, **options: (None, None))
+    cases.sides(case, "cpu")
+    (p,) = made
+    assert (p == 0).double().mean().item() == pytest.approx(0.95, abs=0.01)
+    assert ((p == 0) == (p.grad == 0)).all()
+
+
+def test_the_command_in_a_report_makes_it_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "cases", lambda side: list(CASES(side))[:2])
+    monkeypatch.setattr(command, "growth", lambda side, device: [])
+    assert bench(tmp_path, "--backend", "reference") == 0
+    report = json.loads((tmp_path / "out" / "cpu.json").read_text())
+    words = "tl1kernels bench --device cpu --backend reference --size 64 --rounds 2"
+    assert report["command"] == words
+
+
+def test_both_sides_step_on_one_memory():
+    for rule in RULES:
+        p = fresh((3, 4))
+        mine, theirs = cases.steps_on_one_memory(rule, [p])
+        (ours, peers) = (step.__self__.state[p] for step in (mine, theirs))
+        assert ours.keys() == peers.keys()
+        assert all(ours[name] is peers[name] for name in ours)
+        assert theirs.__self__.param_groups[0]["params"][0] is p
+
+
+def test_the_check_of_the_readme_fails_by_a_stale_plot_alone(monkeypatch, capsys):
+    monkeypatch.setattr(readme.sys, "argv", ["readme.py", "--check"])
+    as_it_is = {page: (readme.ROOT / page).read_text() for page in readme.PAGES}
+    monkeypatch.setattr(readme, "rendered", as_it_is.get)
+    for stale in ([], ["ratios.png"]):
+        monkeypatch.setattr(readme, "stale_plots", lambda stale=stale: stale)
+        assert readme.main() == len(stale)
+    assert "ratios.png was drawn from other figures" in capsys.readouterr().out
+    monkeypatch.setattr(readme, "rendered", lambda page: as_it_is[page] + "x")
+    assert readme.main() == 1

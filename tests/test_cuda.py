@@ -23,10 +23,10 @@ from tests.test_cuda_schedule import most_shared_bytes, planned, shared_of
 from tl1kernels import plan as planning
 from tl1kernels.backends import cuda, native
 from tl1kernels.backends import cuda_schedule as schedule
-from tl1kernels.batch import SGD, Entry, Numbers
+from tl1kernels.batch import SGD, Batch, Entry, Numbers
 from tl1kernels.penalties import Terms
 from tl1kernels.plan import FLOAT_DTYPES as DTYPES
-from tl1kernels.views import view_of
+from tl1kernels.views import GroupView, view_of
 
 emulated = pytest.mark.skipif(
     not cuda.emulated() or cuda.unavailable() is not None,
@@ -370,3 +370,13 @@ def test_on_hopper_no_kernel_spills_and_hot_ones_are_within_the_budget():
                 assert 5 < ways["hold"].slots + ways["release"].slots <= budget, name
                 special = 2 * (rule == "adam") + 2 * (penalty == "tl1")
                 assert ways["finish"].special == special, name
+
+
+@emulated
+@pytest.mark.parametrize("sizes", [(1, 2**31, 1, 1), (1, 1, 1, 2**31), (2**16, 1, 2**15, 1)])
+def test_groups_of_too_much_are_rejected(sizes):
+    p = torch.ones(())
+    view = GroupView((), *sizes, grouped=True)
+    entry = Entry(p, view, Numbers({"lr": 0.1}, Terms(0.1, 0.1, 1.0)))
+    batch = Batch(p.device, p.dtype, SGD(), "tl1", [entry], [p])
+    assert cuda.rejects(batch) == "more than 2^30 groups, or rows or weights of one"

@@ -226,3 +226,21 @@ def test_indices_beyond_2_to_the_31():
             assert items.dtype == np.int32
             assert (items >= 0).all()
         assert (plan.layout.view(np.int64) >= 0).all()
+
+
+def test_a_batch_has_room_for_the_largest_of_its_tensors():
+    shapes = [((4096, 4096), 1), ((3, 50_000), 0), ((256, 128, 3, 3), 1), ((64, 147), 0)]
+    views = [view_of(torch.empty(shape, device="meta"), group_by) for shape, group_by in shapes]
+    for coupled in (False, True):
+        each = [planned([view], coupled=coupled) for view in views]
+        for order in (views, views[::-1]):
+            plan = planned(order, coupled=coupled)
+            for name in ("parts", "outcomes", "waiting", "piece", "most_pieces"):
+                assert getattr(plan, name) == max(getattr(one, name) for one in each), name
+
+
+def test_measures_of_whole_groups_have_room_beside_the_weights():
+    """Of a penalty of whole groups a team has more blocks, each with fewer weights."""
+    view = view_of(torch.empty(4096, 64, device="meta"), 1)
+    pieces = [planned([view], coupled=coupled).most_pieces for coupled in (False, True)]
+    assert pieces[1] > 1.5 * pieces[0] > 1

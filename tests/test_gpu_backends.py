@@ -376,3 +376,75 @@ def test_what_only_a_replay_fills_no_step_outside_the_graph_reads(gpu, monkeypat
             want.grad = gradients[i]
             reference.step()
     torch.testing.assert_close(p, want)
+
+
+@pytest.mark.parametrize("group_by", [None, "out", "in"])
+def test_a_gradient_that_comes_to_lie_elsewhere_is_followed(gpu, group_by):
+    """At a multiple of 16 bytes, then not, then again: other tiles, the same numbers."""
+    start, results = torch.randn(64, 72), []
+    for backend in (gpu.name, "reference"):
+        p = start.to(gpu.device, copy=True).requires_grad_()
+        optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1, group_by=group_by)
+        for offset in (0, 0, 1, 1, 0):
+            p.grad = at_offset(0.5 * start, offset, gpu.device)
+            with tk.use_backend(backend):
+                optimizer.step()
+        results.append(p.detach().cpu())
+    assert_near(*results, 32, start.abs().clamp(min=1))
+
+
+@pytest.mark.parametrize("what", ["copy", "exp_avg", "exp_avg_sq"])
+def test_what_alone_lies_at_no_multiple_of_16_bytes(gpu, what):
+    start, results = torch.randn(64, 72).bfloat16(), []
+    for backend in (gpu.name, "reference"):
+        p = at_offset(start, what == "copy", gpu.device).requires_grad_()
+        optimizer = tk.ProxAdam([p], lr=0.1, lam=0.1, group_by="out", master_weights=True)
+        for _ in range(3):
+            p.grad = start.to(gpu.device, copy=True)
+            with tk.use_backend(backend):
+                optimizer.step()
+            state = optimizer.state[p]
+            if what != "copy" and state[what].storage_offset() == 0:
+                state[what] = at_offset(state[what], 1, gpu.device)
+        results.append(optimizer.state[p]["master_param"].cpu())
+    assert_near(*results, 64, start.float().abs().clamp(min=1))
+
+
+def test_steps_of_the_same_numbers_vary_in_bits_and_skip(gpu):
+    start = torch.ones(200, 72, dtype=torch.bfloat16)
+    p = start.to(gpu.device, copy=True).requires_grad_()
+    options = {"lam": 1e-30, "penalty": None, "group_by": 1, "rounding": "stochastic"}
+    optimizer = tk.ProxSGD([p], lr=1.0, **options)
+    seen = []
+    for skip in (None, None, None, 1.0, 0.0):
+        with torch.no_grad():
+            p.fill_(1)
+        if skip is not None:
+            optimizer.found_inf = numbers(gpu, skip)
+        p.grad = torch.full_like(p, -0.5 * 2**-7)
+        optimizer.step()
+        seen.append(p.detach().cpu().clone())
+    assert torch.equal(seen.pop(3), start)
+    for i, one in enumerate(seen):
+        for other in seen[:i]:
+            assert 0.4 < (one != other).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("group_by", [None, "out", "in", "layer"])
+def test_steps_of_the_same_numbers_differ_in_gradients_and_skip(gpu, group_by):
+    start, results = torch.randn(200, 72), []
+    for backend in (gpu.name, "reference"):
+        generator = torch.Generator().manual_seed(1)
+        p = start.to(gpu.device, copy=True).requires_grad_()
+        optimizer = tk.ProxSGD([p], lr=0.1, lam=0.5, group_by=group_by)
+        seen = []
+        for skip in (1.0, 0.0, 0.0, None, None, None):
+            optimizer.found_inf = None
+            if skip is not None:  # as after GradScaler.unscale_
+                optimizer.found_inf = numbers(gpu, skip)
+            p.grad = torch.randn(start.shape, generator=generator).to(gpu.device)
+            with tk.use_backend(backend):
+                optimizer.step()
+            seen.append(p.detach().cpu().clone())
+        results.append(torch.stack(seen))
+    assert_near(*results, 32, results[1].abs().clamp(min=1))

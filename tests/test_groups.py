@@ -154,3 +154,17 @@ def test_presets_are_the_regularizers_that_the_paper_compares():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         tk.param_groups(nn.Linear(2, 2), **{"lam": 0.1, **options})
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_transposed_convolutions_of_any_dims_group_by_the_same_neurons(n):
+    module = getattr(nn, f"ConvTranspose{n}d")(4, 2, 3, bias=False)
+    groups = [tk.param_groups(module, lam=0.1, group_by=by)[0] for by in ("auto", "out", "in")]
+    assert [group["group_by"] for group in groups] == [1, 1, 0]
+
+
+def test_a_weight_whose_name_alone_is_like_weight_norms_is_regularized():
+    module = nn.Module()
+    module.weight_v = nn.Parameter(torch.ones(3, 4))
+    groups = tk.param_groups(module, lam=0.1)  # warnings are errors here
+    assert [group["name"] for group in groups] == ["weight_v"]

@@ -200,3 +200,39 @@ def test_inference_tensors_which_count_no_writes(each_backend):
             p.grad = torch.full_like(p, -0.25 * 2**-7)
             optimizer.step()
         assert optimizer.state[p]["master_param"].eq(1 + 2**-7).all()
+
+
+def test_what_others_write_to_an_inference_tensor_is_taken_over(each_backend):
+    with torch.inference_mode():
+        p = torch.ones(2, 2, dtype=torch.bfloat16)
+        optimizer = tk.ProxSGD([p], lr=1.0, master_weights=True)
+        for value in (1.0, 3.0):
+            p.fill_(value)
+            p.grad = torch.full_like(p, -0.5)
+            optimizer.step()
+        assert optimizer.state[p]["master_param"].eq(3.5).all()
+
+
+def test_a_master_in_another_layout_than_the_weight():
+    start = torch.randn(3, 4).bfloat16()
+    p = start.t().contiguous().t().requires_grad_()
+    optimizer = tk.ProxSGD([p], lr=1.0, master_weights=True)
+    optimizer.state[p]["master_param"] = start.float()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(p.detach(), start)
+    assert optimizer.state[p]["master_param"].stride() == p.stride()
+
+
+def test_autograd_knows_that_a_weight_with_a_master_was_written_to():
+    p = torch.ones(2, 2, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = tk.ProxAdamW([p], lr=0.1, master_weights=True)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        tensors = [p, *optimizer.state[p].values()]
+        before = [t._version for t in tensors]
+        y = (torch.ones_like(p).requires_grad_() * p).sum()
+        optimizer.step()
+        assert all(t._version > v for t, v in zip(tensors, before, strict=True))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()

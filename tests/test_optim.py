@@ -489,3 +489,18 @@ def test_a_skipped_step_before_there_is_a_buffer_is_no_first_step():
         p.grad = torch.ones_like(p)
         optimizer.step()
     assert torch.equal(p.detach(), torch.full((2, 2), 0.9))
+
+
+def test_a_scalar_of_a_group_that_sets_lam_is_regularized():
+    p = torch.ones((), requires_grad=True)
+    optimizer = tk.ProxSGD([{"params": [p], "lam": 0.25}], lr=1.0, penalty="l1")
+    p.grad = torch.zeros(())
+    optimizer.step()
+    assert p.item() == 0.75
+
+
+def test_without_a_the_group_has_the_penaltys_own():
+    for name, penalty in tk.PENALTIES.items():
+        p = torch.ones(2, 2, requires_grad=True)
+        optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1, penalty=name)
+        assert optimizer.param_groups[0]["a"] == (penalty.a or 1.0)

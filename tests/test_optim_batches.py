@@ -40,6 +40,10 @@ def change_groups(optimizer):
     optimizer.param_groups[0]["group_by"] = "in"
 
 
+def change_group_weight(optimizer):
+    optimizer.param_groups[0]["group_weight"] = "sqrt"
+
+
 def change_min_ndim(optimizer):
     optimizer.param_groups[1]["min_ndim"] = 0
 
@@ -94,9 +98,9 @@ def _kinds(request, monkeypatch):
 
 
 CHANGES = [
-    change_lr, change_tensor_lam, change_penalty, change_groups, change_min_ndim, change_momentum,
-    change_dtype, change_layout, change_layout_of_state, change_state, forget_state,
-    change_group_of_a_parameter, drop_a_gradient,
+    change_lr, change_tensor_lam, change_penalty, change_groups, change_group_weight,
+    change_min_ndim, change_momentum, change_dtype, change_layout, change_layout_of_state,
+    change_state, forget_state, change_group_of_a_parameter, drop_a_gradient,
 ]  # fmt: skip
 
 
@@ -166,3 +170,102 @@ def test_parameters_that_share_memory_are_updated_one_after_the_other(momentum):
             optimizer.step()
         results.append(here)
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_parameters_that_share_memory_are_in_batches_one_after_the_other():
+    here = torch.zeros(60_000)
+    params = [torch.nn.Parameter(x) for x in (here, here[:40_000], here[50_000:], here[5:9])]
+    assert plan._turns(params) == [0, 1, 1, 2]
+    apart = [torch.nn.Parameter(x) for x in (here[:7], here[7:9], here[20:])]
+    assert plan._turns(apart) == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("_kinds")
+@pytest.mark.parametrize("last", ["negative bit", "zero tensor"])
+def test_a_gradient_that_is_not_what_is_in_memory_is_seen(last):
+    """Of the same dtype, shape and strides as the one before."""
+    p = torch.zeros(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=1.0)
+    plain = torch.ones(2, 2)
+    other = torch._neg_view(plain) if last == "negative bit" else torch._efficientzerotensor(2, 2)
+    for gradient, want in ((plain, -1.0), (other, 0.0 if last == "negative bit" else -1.0)):
+        p.grad = gradient
+        optimizer.step()
+        assert p.eq(want).all()
+
+
+@pytest.mark.usefixtures("_kinds")
+def test_a_list_that_changes_in_place_is_followed():
+    results = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        p = torch.randn(3, 4).requires_grad_()
+        optimizer = tk.ProxAdam([p], lr=0.1)
+        betas = optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+        for i in range(4):
+            p.grad = torch.randn_like(p)
+            betas[0] = 0.9 if i < 2 else 0.5
+            if not keep:
+                optimizer._planned = None
+            optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+def change_rounding(optimizer):
+    for group in optimizer.param_groups:
+        group["rounding"] = "stochastic"
+
+
+def change_master_weights(optimizer):
+    for group in optimizer.param_groups:
+        group["master_weights"] = True
+
+
+@pytest.mark.usefixtures("_kinds")
+@pytest.mark.parametrize("change", [change_rounding, change_master_weights])
+def test_batches_of_16_bits_that_are_kept_follow_every_change(change):
+    results = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        params = [torch.randn(s).bfloat16().requires_grad_() for s in ((6, 5), (7,))]
+        optimizer = tk.ProxSGD(params, lr=0.01, momentum=0.9, lam=0.1)
+        for i in range(6):
+            if i == 3:
+                change(optimizer)
+            for p in params:
+                p.grad = torch.randn_like(p)
+            if not keep:
+                optimizer._planned = None
+            torch.manual_seed(i)
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_batches_that_are_kept_follow_the_backend_that_is_asked_for(monkeypatch):
+    ran = []
+    for name, module in plan.backends.BACKENDS.items():
+        run = module.run
+        monkeypatch.setattr(
+            module, "run", lambda batch, name=name, run=run: ran.append(name) or run(batch)
+        )
+    p = torch.ones(3, 2, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1)
+    here = plan.backends.asked_for()
+    for name in (here, "reference", here):
+        with tk.use_backend(name):
+            optimizer.step()
+    assert ran == [here, "reference", here]
+
+
+@pytest.mark.usefixtures("_kinds")
+def test_a_tensor_of_another_shape_and_the_same_strides_is_seen():
+    p = torch.ones(4, 3, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=1.0, lam=0.5, penalty="l1", group_by=None)
+    for rows in (4, 2, 5):
+        p.data, p.grad = torch.ones(rows, 3), None
+        p.grad = torch.zeros(rows, 3)
+        optimizer.step()
+        assert p.eq(0.5).all()

@@ -117,17 +117,6 @@ def test_load_hooks_have_the_say_that_torch_gives_them():
     assert "_loading" not in vars(optimizer)
 
 
-def test_a_checkpoint_of_a_capturable_optimizer_loads_and_steps():
-    model = network()
-    optimizer = tk.ProxAdamW(model.parameters(), lr=0.01, lam=0.1)
-    step(model, optimizer, 0)
-    checkpoint = state_of(optimizer)
-    checkpoint["param_groups"][0].update(capturable=True, fused=True)
-    optimizer.load_state_dict(checkpoint)
-    assert not optimizer.param_groups[0]["capturable"]
-    step(model, optimizer, 1)
-
-
 def test_numpy_numbers_become_plain_ones_so_that_a_checkpoint_loads():
     model = network()
     optimizer = tk.ProxSGD(model.parameters(), lam=np.float64(0.1), mu=np.float32(0.5), a=2)
@@ -136,3 +125,36 @@ def test_numpy_numbers_become_plain_ones_so_that_a_checkpoint_loads():
     file.seek(0)
     group = torch.load(file, weights_only=True)["param_groups"][0]
     assert [type(group[name]) for name in ("lam", "mu", "a")] == [float, float, float]
+
+
+def test_a_checkpoint_of_a_capturable_optimizer_loads_and_steps():
+    model = network()
+    optimizer = tk.ProxAdamW(model.parameters(), lr=0.01, lam=0.1)
+    step(model, optimizer, 0)
+    checkpoint = state_of(optimizer)
+    theirs = {"capturable": True, "fused": True, "foreach": True}
+    checkpoint["param_groups"][0].update(theirs)
+    optimizer.load_state_dict(checkpoint)
+    assert not any(optimizer.param_groups[0][name] for name in theirs)
+    step(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_counter_counts_on(dtype):
+    """In bfloat16, 256 + 1 would be 256."""
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxAdam([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["step"] = torch.tensor(2048.0, dtype=dtype)
+    optimizer.step()
+    assert optimizer.state[p]["step"].dtype == torch.float32
+    assert optimizer.state[p]["step"].item() == 2049
+
+
+def test_fused_counts_where_the_parameter_is():
+    p = torch.ones(2, 2, requires_grad=True)
+    for option in ("fused", "capturable"):
+        optimizer = tk.ProxAdam([p], lr=0.1, **{option: True})
+        rule, _ = optimizer._rule(optimizer.param_groups[0])
+        assert rule.capturable

@@ -90,17 +90,6 @@ def test_a_bad_option_of_the_last_group_leaves_no_trace_in_the_first(name, value
     assert p.eq(1).all()
 
 
-@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
-def test_a_step_size_without_a_prox_is_refused_between_steps(lr):
-    p = torch.ones(2, 2, requires_grad=True)
-    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1)
-    optimizer.param_groups[0]["lr"] = lr
-    p.grad = torch.zeros_like(p)
-    with pytest.raises(ValueError, match="lr must be finite and >= 0"):
-        optimizer.step()
-    assert p.eq(1).all()
-
-
 def test_a_group_that_is_refused_for_any_reason_is_not_kept():
     optimizer = tk.ProxSGD([torch.ones(2, 2, requires_grad=True)], lam=0.1)
     more = torch.ones(2, 2, requires_grad=True)
@@ -211,3 +200,73 @@ def test_a_complex_gradient_is_refused_and_nothing_is_changed():
         optimizer.step()
     assert p.eq(1).all()
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_step_size_without_a_prox_is_refused_between_steps(lr, steps):
+    """With batches that are kept, too."""
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1)
+    p.grad = torch.zeros_like(p)
+    for _ in range(steps):
+        optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match="lr must be finite and >= 0"):
+        optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+def test_state_of_whole_numbers_is_refused():
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, momentum=0.9)
+    optimizer.state[p]["momentum_buffer"] = torch.zeros(2, 2, dtype=torch.int64)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"'momentum_buffer' must be floats .*, got torch\.int64"):
+        optimizer.step()
+    assert p.eq(1).all()
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), -1.0])
+def test_without_lam_any_step_size_is_torchs(lr):
+    results = []
+    for kind in (tk.ProxSGD, torch.optim.SGD):
+        p = torch.ones(2, 2, requires_grad=True)
+        optimizer = kind([p], lr=0.1)
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        results.append(p.detach())
+    assert torch.allclose(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"), [row for row in BAD if "lr" not in row[0]]
+)
+def test_bad_options_after_some_steps_change_nothing(options, error, message):
+    """With batches that are kept."""
+    p = torch.ones(3, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, momentum=0.9, lam=0.1)
+    p.grad = torch.ones_like(p)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer._planned is not None
+    before = p.detach().clone()
+    optimizer.param_groups[0].update(options)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            optimizer.step()
+        assert torch.equal(p.detach(), before)
+
+
+@pytest.mark.parametrize("name", ["lr", "lam", "mu", "a"])
+def test_a_tensor_of_several_numbers_is_named_after_a_step(name):
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=0.1, lam=0.1)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.param_groups[0][name] = torch.ones(2)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"{name} must be a number or a 0-d tensor"):
+            optimizer.step()

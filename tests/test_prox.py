@@ -492,3 +492,25 @@ def test_in_place_on_a_tensor_that_requires_grad_raises_as_torch_does():
 
 def test_the_result_carries_no_gradient():
     assert not tk.prox(torch.ones(3, requires_grad=True), 0.1).requires_grad
+
+
+def test_a_complex_number_is_no_number():
+    for name in ("lam", "a", "mu"):
+        with pytest.raises(TypeError, match=f"{name} must be a number or a 0-d tensor"):
+            tk.prox(V, 0.1, **{name: torch.tensor(0.5 + 0j)})
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("penalty", [None, "l1"])
+def test_an_infinite_group_is_not_shrunk(penalty):
+    v = torch.tensor([[3.0, math.inf], [3.0, -1.0]])
+    w = tk.prox(v, 0.5, penalty=penalty, group_by="out", mu=0.5)
+    assert w[0].tolist() == [3.0 - (0.25 if penalty else 0.0), math.inf]
+    assert w[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("penalty", "a"), [("mcp", 0.25), ("scad", 1.25)])
+def test_the_least_shape_is_not_allowed(penalty, a):
+    with pytest.raises(ValueError, match=rf"a={a} with step=0.25: {penalty} needs a > {a}"):
+        tk.prox(V, 0.25, penalty=penalty, a=a)
+    tk.prox(V, 0.25, penalty=penalty, a=a * 1.01)

@@ -181,3 +181,21 @@ def test_bad_state_is_refused_and_leaves_the_scheduler_alone():
     whole = optimizer_of(lam=torch.tensor(1))
     with pytest.raises(ValueError, match=r"lam of param group 0 must be a float, got torch\.int64"):
         tk.LamScheduler(whole, steps=3)
+
+
+def test_a_schedule_loaded_alone_sets_the_option():
+    optimizer = optimizer_of()
+    scheduler = tk.LamScheduler(optimizer, "linear", steps=4)
+    values(optimizer, scheduler, 3)
+    other = tk.LamScheduler(optimizer_of(), "linear", steps=4)
+    other.load_state_dict(scheduler.state_dict())
+    assert other.get_last_value() == scheduler.get_last_value() == [1.5]
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cubic"])
+def test_the_way_ends_at_the_groups_own_value_to_the_bit(shape):
+    assert 3.0 + (0.1 - 3.0) != 0.1
+    optimizer = optimizer_of(lam=0.1)
+    scheduler = tk.LamScheduler(optimizer, shape, steps=2, start=3.0)
+    values(optimizer, scheduler, 3)
+    assert scheduler.get_last_value() == [0.1]

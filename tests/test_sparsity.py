@@ -366,3 +366,35 @@ def test_table_and_dict():
     figures = json.loads(json.dumps(left.as_dict()))
     assert figures["layers"][0]["kind"] == "Conv2d"
     assert figures["parameters_fraction"] == left.parameters_fraction
+
+
+def test_the_tables_cells_are_the_layers():
+    model = convnet()
+    with torch.no_grad():
+        model[4].weight[7] = 0
+        model[6].weight[:, [3, 7]] = 0
+    left = tk.sparsity(model, torch.randn(1, 1, 8, 8))
+    _, _, _, last, total = left.rows()
+    assert last == ["6", "140/160 (87.5%)", "280/320 (87.5%)", "2/16", "0/10"]
+    assert total[3:] == ["", "2/34"]
+    assert left.flops_fraction == left.flops_left / left.flops < 1
+    assert left.parameters_fraction == left.parameters_left / left.parameters < 1
+
+
+class Largest(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(1, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).amax(1, keepdim=True))
+
+
+def test_a_unit_that_is_the_largest_in_one_look_alone_is_read():
+    assert tk.sparsity(Largest(), torch.randn(1, 4)).neurons_removed == 0
+
+
+@pytest.mark.parametrize("beyond", [50, 1000])
+def test_a_gate_that_opens_far_off_hides_no_reader(beyond):
+    model, x = TwoLayers(lambda h: h * (h.abs() > beyond)), torch.randn(2, 32)
+    assert tk.sparsity(model, x).neurons_removed == 0

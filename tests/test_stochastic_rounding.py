@@ -183,3 +183,33 @@ def test_what_is_rounded_to_zero_has_no_sign():
         (w,) = stochastic([start], [start], **options)
         assert (w == 0).double().mean() > 0.4
         assert not w[w == 0].signbit().any()
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_each_step_of_an_optimizer_takes_new_random_bits():
+    p = torch.ones(40, 50, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=1.0, rounding="stochastic")
+    seen = []
+    for _ in range(3):
+        with torch.no_grad():
+            p.fill_(1)
+        p.grad = torch.full_like(p, -0.5 * 2**-7)
+        optimizer.step()
+        seen.append(p.detach().clone())
+    for x, y in ((0, 1), (0, 2), (1, 2)):
+        assert 0.4 < (seen[x] != seen[y]).double().mean() < 0.6
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_groups_may_round_each_in_its_own_way():
+    params = [torch.ones(40, 50, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    for order in (("nearest", "stochastic"), ("stochastic", "nearest")):
+        groups = [{"params": [p], "rounding": way} for p, way in zip(params, order, strict=True)]
+        optimizer = tk.ProxSGD(groups, lr=1.0)
+        for p in params:
+            with torch.no_grad():
+                p.fill_(1)
+            p.grad = torch.full_like(p, -0.25 * 2**-7)
+        optimizer.step()
+        changed = {way: (p != 1).any().item() for p, way in zip(params, order, strict=True)}
+        assert changed == {"nearest": False, "stochastic": True}

@@ -263,14 +263,6 @@ def test_a_run_that_diverges_stops_and_is_named(capsys, monkeypatch):
     assert not run.diverged([])
 
 
-def test_settings_that_differ_have_names_that_differ():
-    names = {
-        run.Setting("digits", "l1", lam, 1.0, 0, "test").file_name
-        for lam in (0.1234567, 0.1234568, 0.3, 0.1 + 0.2)
-    }
-    assert len(names) == 4
-
-
 def test_hidden_neurons_all_speak_at_the_start():
     images = digits("test").fit_inputs
     silent = {0.0: 0, 0.3: 0}
@@ -425,3 +417,58 @@ def test_digits_keeps_its_accuracy_with_a_tenth_of_its_parameters(tmp_path):
     assert single["last_inputs_removed"] < 5
     assert ours["last_zeros"] > 50
     assert ours["last_inputs_removed"] > 2 * single["last_inputs_removed"]
+
+
+def test_means_and_deviations_are_over_the_seeds_of_one_setting():
+    def run_of(accuracy, a):
+        layer = {"weights": 4, "weights_left": 2, "inputs": 2, "inputs_removed": 0}
+        left = {"flops_fraction": 0.5, "parameters_fraction": 0.5, "neurons": 2}
+        left |= {"neurons_removed": 1, "layers": [layer]}
+        setting = {"method": "tl1", "lam": 0.1, "a": a}
+        return {"setting": setting, "accuracy": accuracy, "sparsity": left}
+
+    runs = [run_of(0.9, 1.0), run_of(0.8, 0.1), run_of(0.94, 1.0), run_of(0.98, 1.0)]
+    small, large = report.summarize(runs)
+    assert [(row["a"], row["seeds"]) for row in (small, large)] == [(0.1, 1), (1.0, 3)]
+    assert (small["accuracy"], small["accuracy_std"]) == pytest.approx((80, 0))
+    assert (large["accuracy"], large["accuracy_std"]) == pytest.approx((94, 4))
+
+
+def test_a_budget_takes_what_meets_it_exactly():
+    rows = [row("cges", 95, 5), row("cges", 97, 5.01), row("tl1", 99, 1)]
+    assert report.best_within(rows, "cges") == {3: 0.0, 5: 95, 7: 97, 10: 97, 15: 97}
+
+
+def test_the_model_that_is_copied_is_the_one_of_median_accuracy(tmp_path):
+    (tmp_path / "runs").mkdir()
+    results = []
+    for seed, accuracy in enumerate((0.9, 0.7, 0.8)):
+        setting = run.Setting("digits", "l1", 0.3, 1.0, seed, "test")
+        (tmp_path / "runs" / f"{setting.file_name}.pt").write_text(str(accuracy))
+        results.append({"setting": dataclasses.asdict(setting), "accuracy": accuracy})
+    models = report.copy_models(tmp_path, results)
+    assert {method: file.read_text() for method, file in models.items()} == {"l1": "0.8"}
+
+
+def test_a_history_is_of_every_example_once(monkeypatch):
+    """The last batch of an epoch is smaller than the others."""
+    ours = dataclasses.replace(RECIPES["digits"], lr=1e-30)
+    monkeypatch.setitem(RECIPES, "digits", ours)
+    fit = digits("validation")
+    assert len(fit.fit_labels) % ours.batch_size
+    network, result = run.train(
+        run.Setting("digits", "none", 0.0, 1.0, 0, "validation", 1), NOWHERE
+    )
+    want = nn.functional.cross_entropy(network(fit.fit_inputs), fit.fit_labels).item()
+    assert result["history"][0]["loss"] == pytest.approx(want, rel=1e-4)
+    assert result["iterations_per_epoch"] == -(-1077 // ours.batch_size)
+
+
+def test_settings_that_differ_have_names_that_differ():
+    one = run.Setting("digits", "l1", 0.3, 1.0, 0, "test")
+    others = {"dataset": "mnist", "method": "tl1", "seed": 1, "evaluate_on": "validation"}
+    settings = [dataclasses.replace(one, **{name: value}) for name, value in others.items()]
+    settings += [dataclasses.replace(one, lam=lam) for lam in (0.1234567, 0.1234568, 0.1 + 0.2)]
+    settings += [dataclasses.replace(one, a=a) for a in (1.01, 1.02, 0.01)]
+    settings += [dataclasses.replace(one, epochs=epochs) for epochs in (1, 2)]
+    assert len({setting.file_name for setting in (one, *settings)}) == 1 + len(settings)

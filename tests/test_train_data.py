@@ -291,3 +291,21 @@ def test_the_data_folder_is_named_after_the_data_set(tmp_path, capsys, monkeypat
     assert "no lam and a were chosen yet" in capsys.readouterr().err
     assert cli.main(["train", "elsewhere"]) == 2
     assert "dataset must be among digits, mnist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sdd", "cifar10"])
+@pytest.mark.parametrize("evaluate_on", ["validation", "test"])
+def test_features_are_standardized_by_the_rows_that_are_fitted(name, evaluate_on, tmp_path):
+    write_small(name, tmp_path, rows=132)
+    fit = data.DATA[name].load(name, evaluate_on, tmp_path).fit_inputs.double()
+    over = tuple(i for i in range(fit.ndim) if i != 1)
+    torch.testing.assert_close(fit.mean(over), torch.zeros_like(fit.mean(over)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fit.std(over, correction=0), torch.ones_like(fit.mean(over)))
+
+
+def test_every_class_has_its_share_of_each_split():
+    for evaluate_on in ("validation", "test"):
+        digits = data.DATA["digits"].load("DIGITS", evaluate_on, Path("no-such-folder"))
+        fit, judged = (y.bincount(minlength=10) for y in (digits.fit_labels, digits.eval_labels))
+        share = judged.sum() / (fit.sum() + judged.sum())
+        assert (judged - share * (fit + judged)).abs().max() < 1.5

@@ -274,3 +274,28 @@ def test_in_a_compiled_function_without_a_graph_break():
     got = torch.compile(function, fullgraph=True, backend="aot_eager")(*args)
     assert torch.equal(got, want)
     assert not torch.equal(want, torch.full_like(want, 2.0))
+
+
+@runs
+@pytest.mark.parametrize(("flag", "want"), [(None, -0.2), (8, 0.8), (9, -0.83)])
+def test_the_op_takes_each_variant_of_a_rule(flag, want):
+    """Momentum's alone, with maximize, and with nesterov: g = 1 + 0.5, buffer 0.9 + g."""
+    arguments = list(op_arguments("sgd_momentum"))
+    arguments[2] = [torch.ones(2, 3, device=DEVICE)]
+    scalars = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.5, "a": 1.0}
+    row = [scalars.get(name, 0.0) for name in triton_launch.maths().SCALARS]
+    arguments[5] = torch.tensor([row], dtype=torch.float64)
+    if flag is not None:
+        arguments[flag] = True
+    torch.ops.tl1kernels.triton_step_(*arguments)
+    torch.testing.assert_close(arguments[0][0], torch.full((2, 3), want, device=DEVICE))
+
+
+@pytest.mark.parametrize("shape", [(130, 16, 3, 3), (130, 6, 2, 2)])
+def test_panels_of_runs_are_not_aligned_whatever_their_rows_are(shape):
+    """COLUMNS // 9 * 9 = 63 weights: the next panel begins at no multiple of a vector."""
+    view = view_of(torch.empty(shape), 1)
+    assert view.groups * view.inner % 4 == 0
+    assert kinds_of(triton_schedule.make_schedule([view], [True], 4, 0, AT_ONCE)) == {
+        "columns held"
+    }

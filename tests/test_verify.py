@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ import tl1kernels as tk
 from tests.common import COUPLED, ON_THE_REFERENCE_ALONE
 from tl1kernels import backends, cli, oracles
 from tl1kernels.backends import reference
-from tl1kernels.penalties import Penalty
-from tl1kernels.verify import GROUPINGS, RULES, Report, checks, verify
+from tl1kernels.penalties import Penalty, Regularizer
+from tl1kernels.verify import GROUPINGS, RULES, Report, bounds, checks, verify
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)
@@ -356,3 +357,62 @@ def test_a_penalty_is_added_by_the_readmes_recipe(monkeypatch):
     report = verify("reference", 0, ["firm"])
     assert report.passed, str(report)
     assert any("prox firm" in check.what for check in report.checks)
+
+
+def test_the_seed_0_is_one(monkeypatch):
+    monkeypatch.setattr("tl1kernels.verify.PARTS", ())
+    assert [verify("reference", seed).seed for seed in (0, 1)] == [0, 1]
+
+
+def test_a_report_of_no_checks_has_not_passed():
+    assert not Report("cpu", 0, ()).passed
+    assert Report("cpu", 0, (checks._check("s", "r", torch.float32, "", [[0.5]], 0.5),)).passed
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_penalties_that_were_not_asked_for_are_not_lacking(backend, monkeypatch):
+    if backends.BACKENDS[backend].unavailable():
+        pytest.skip(backend)
+    monkeypatch.setattr("tl1kernels.verify.PARTS", ())
+    report = verify(backend, penalties=["l1"])
+    assert report.lacking == ()
+    assert "not checked" not in str(report)
+
+
+def test_the_bounds_are_those_that_the_readme_promises():
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    of = bounds.NATIVE.prox[torch.float32], bounds.NATIVE.step[torch.float32]
+    on_gpu = bounds.GPU.step[torch.float32], bounds.GPU.step[torch.bfloat16]
+    assert f"| prox, float32 | rounded once | {of[0]:g} ulp" in readme
+    assert f"a whole float32 step to {of[1]:g} ulp of |v|, on a GPU to {on_gpu[0]:g}:" in readme
+    assert f"half an ulp of bfloat16 that may be {on_gpu[1]:g}." in readme
+
+
+SECTIONS = {"prox", "zeros", "many weights", "tensors", "20 steps, lam = 0", "stochastic rounding"}
+
+
+@pytest.mark.skipif(backends.native.unavailable() is not None, reason="no native library")
+def test_every_section_finds_a_planted_error(monkeypatch):
+    """A step size that is a thousandth too large: of rules, thresholds and groups alike."""
+    right = backends.native.scalar_table
+
+    def wrong(batch, names):
+        table = right(batch, names)
+        table[:, names.index("lr")] *= 1.001
+        return table
+
+    monkeypatch.setattr(backends.native, "scalar_table", wrong)
+    failed = {check.section for check in verify("cpu", 3, ["l1", None]).checks if not check.passed}
+    assert failed >= SECTIONS | {f"step {rule}" for rule in RULES}
+
+
+def test_a_planted_error_of_weighted_groups_is_found(monkeypatch):
+    right = Regularizer.terms
+
+    def wrong(self, view):
+        terms = right(self, view)
+        return terms._replace(group=terms.group * (1 + 1e-6 * (self.group_weight == "sqrt")))
+
+    monkeypatch.setattr(Regularizer, "terms", wrong)
+    failed = {check.section for check in verify("reference", 3, ["l1"]).checks if not check.passed}
+    assert failed == {"tensors"}
