@@ -1,5 +1,8 @@
 """The README's contract names tests that exist, and says what tests/contract.py says."""
 
+import subprocess
+import sys
+
 from tests import contract
 
 
@@ -17,3 +20,9 @@ def test_a_missing_test_or_another_table_is_noticed(monkeypatch):
     assert contract.missing() == ["test_optim::test_nowhere"]
     readme = (contract.ROOT / "README.md").read_text()
     assert contract.rendered(readme) != readme
+
+
+def test_the_command_tells_by_its_status_whether_the_readme_has_the_table():
+    command = [sys.executable, "-m", "tests.contract", "--check"]
+    done = subprocess.run(command, cwd=contract.ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
