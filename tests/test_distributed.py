@@ -90,6 +90,7 @@ def flat_pieces():
 
 
 def on_a_rank(rank, promise, folder):
+    warnings.filterwarnings("error", message="tl1kernels")  # but for those that are waited for
     torch.set_num_threads(1)
     store = distributed.FileStore(str(folder / "store"), RANKS)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
