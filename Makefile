@@ -1,7 +1,7 @@
 # make demo   set up, then train DIGITS with every method: table, curves, filters, sparse models
 # make test   set up, then linters and the whole test suite
 # make bench  set up with the peers, then time the CPU kernels against them
-# make sanitize   the kernels' tests under the address and undefined-behaviour sanitizers
+# make sanitize   the kernels' tests under the address, undefined-behaviour and thread sanitizers
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -27,20 +27,9 @@ bench: setup
 	$(PIP) --no-build-isolation -e '.[peers]' $(BUILD)
 	$(BIN)/python -m pytest bench --benchmark-enable --json-out bench/results
 
-# A library of its own, found before the installed one.
-CXX ?= c++
 sanitize: setup
-	$(BIN)/cmake -S csrc -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
-	    -DCMAKE_CXX_FLAGS='-g -fsanitize=address,undefined -fno-sanitize-recover=all'
-	$(BIN)/cmake --build build/sanitize
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -c "import sys, pytest, tl1kernels; \
-	    from tl1kernels.backends import native; \
-	    tl1kernels.__path__.insert(0, 'build/sanitize'); \
-	    assert 'sanitize' in str(native.load()); \
-	    sys.exit(pytest.main(['tests/test_native.py', 'tests/test_native_op.py', \
-	    'tests/test_kernels.py', 'tests/test_prox.py', 'tests/test_master_weights.py', 'tests/test_coupled.py', '-k', 'not memory and not 2_to_the_31_weights and not for_cuda and not compiled']))"
+	$(BIN)/python -m tests.sanitize address -n auto
+	$(BIN)/python -m tests.sanitize thread -n auto
 
 setup: $(VENV)/.done
 

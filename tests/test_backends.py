@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -174,8 +175,13 @@ def test_every_backend_takes_every_rule_and_penalty(backend, rule, penalty):
     assert chosen(work(rule=rule(), penalty=penalty), backend=backend) == [backend]
 
 
-def test_a_missing_library_says_why_on_use_and_not_on_import(monkeypatch, tmp_path):
-    native.load.cache_clear()
+@pytest.fixture
+def loaded_anew(monkeypatch):
+    """Of what has been loaded nothing is remembered, and what the test loads is forgotten."""
+    monkeypatch.setattr(native, "load", cache(native.load.__wrapped__))
+
+
+def test_a_missing_library_says_why_on_use_and_not_on_import(loaded_anew, monkeypatch, tmp_path):
     monkeypatch.setattr(tk, "__path__", [str(tmp_path)])
     assert native.unavailable() == "not built: the package was not installed by pip"
     (tmp_path / native.REPORT).write_text("no compiler\n")
@@ -183,17 +189,16 @@ def test_a_missing_library_says_why_on_use_and_not_on_import(monkeypatch, tmp_pa
         native.build_info()
     (tmp_path / native.BINARY).write_text("not a library")
     assert str(tmp_path / native.BINARY) in native.unavailable()
-    native.load.cache_clear()
 
 
-def test_without_the_library_one_warning_says_why_and_the_reference_runs(monkeypatch, tmp_path):
-    native.load.cache_clear()
+def test_without_the_library_one_warning_says_why_and_the_reference_runs(
+    loaded_anew, monkeypatch, tmp_path
+):
     monkeypatch.setattr(tk, "__path__", [str(tmp_path)])
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(RuntimeWarning, match=r"'cpu' passed over: not built.*'reference' runs"):
         assert chosen(work()) == ["reference"]
     tk.prox(torch.ones(3), 0.1)  # and no second one: warnings are errors here
-    native.load.cache_clear()
 
 
 @needs_cpu
