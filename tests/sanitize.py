@@ -3,8 +3,8 @@
     python -m tests.sanitize address    memory, undefined behaviour: CPU kernels, emulated CUDA ones
     python -m tests.sanitize thread     races between a GPU's threads: emulated CUDA kernels
 
-Each builds the libraries in `build/`, which takes some minutes; `make sanitize` is both. What else
-is said goes to pytest.
+Each builds the libraries in `build/`; `make sanitize` is both, and takes half an hour on two cores.
+What else is said goes to pytest.
 """
 
 import os
