@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tl1kernels
-from tl1kernels.backends import cuda
+from tl1kernels.backends import cuda, native
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "TL1KERNELS_SANITIZED"
@@ -58,7 +58,7 @@ def build(sanitizer: str) -> Path:
 
 
 def run(sanitizer: str, arguments: list[str]) -> int:
-    """Run the tests on libraries that are built by now, and return pytest's status."""
+    """Build the libraries, run the tests on them and return pytest's status."""
     compiler = os.environ.get("CXX", "c++")
     runtimes = [
         subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
@@ -97,3 +97,4 @@ if FOLDER in os.environ:
     built = Path(os.environ[FOLDER])
     tl1kernels.__path__[:0] = [str(built), str(built / "cuda")]
     assert built in cuda.load().parents
+    assert built.name != "address" or built in native.load().parents

@@ -164,20 +164,16 @@ class Emulation {
   }
 };
 
-// Of the running thread.
 TL1_UNWATCHED int fiber() { return Emulation::now->current; }
-TL1_UNWATCHED int grid() { return Emulation::now->blocks; }
-TL1_UNWATCHED unsigned char* memory_of(int block) {
-  unsigned char* const bytes = Emulation::now->memory[block].data();
-  return bytes + (16 - reinterpret_cast<uintptr_t>(bytes) % 16) % 16;
-}
-
 TL1_DEVICE int thread() { return fiber() % THREADS; }
 TL1_DEVICE int thread_anew() { return thread(); }
 TL1_DEVICE int block() { return fiber() / THREADS; }
-TL1_DEVICE int blocks() { return grid(); }
+TL1_UNWATCHED int blocks() { return Emulation::now->blocks; }
 TL1_UNWATCHED void sync() { Emulation::now->sync(); }
-TL1_DEVICE unsigned char* shared() { return memory_of(block()); }
+TL1_UNWATCHED unsigned char* shared() {
+  unsigned char* const bytes = Emulation::now->memory[block()].data();
+  return bytes + (16 - reinterpret_cast<uintptr_t>(bytes) % 16) % 16;
+}
 // Not watched: what one block measures another may write, with what the former's measures come to. No
 // barrier says that it does so later, but that it needs them.
 template <class T>

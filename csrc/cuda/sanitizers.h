@@ -1,4 +1,5 @@
-// What the compiler's sanitizers have to know of emulated threads (emulation.h). In other builds, nothing.
+// What the compiler's sanitizers have to know of emulated threads (emulation.h): who runs, in what order,
+// and when stacks change. In other builds only the stacks are left of it.
 //
 // To ThreadSanitizer each of them is a thread, and only barriers put threads in an order. So it finds what
 // compute-sanitizer's racecheck finds on a GPU, and two writes to one place of global memory.
