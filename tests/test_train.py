@@ -464,6 +464,24 @@ def test_a_history_is_of_every_example_once(monkeypatch):
     assert result["iterations_per_epoch"] == -(-1077 // ours.batch_size)
 
 
+@pytest.mark.parametrize("falling", [False, True])
+def test_the_step_size_is_constant_or_falls_linearly_to_0(falling, monkeypatch):
+    recipe = dataclasses.replace(RECIPES["digits"], falling=falling)
+    monkeypatch.setitem(RECIPES, "digits", recipe)
+    make, seen = run.make_optimizer, []
+
+    def watched(network, setting):
+        optimizer = make(network, setting)
+        optimizer.register_step_pre_hook(lambda of, *_: seen.append(of.param_groups[0]["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(run, "make_optimizer", watched)
+    run.train(run.Setting("digits", "tl1", 0.1, 1.0, 0, "validation", 2), NOWHERE)
+    steps = 2 * -(-1077 // recipe.batch_size)
+    share = [1 - step / steps if falling else 1.0 for step in range(steps)]
+    assert seen == pytest.approx([recipe.lr * part for part in share], rel=1e-12)
+
+
 def test_settings_that_differ_have_names_that_differ():
     one = run.Setting("digits", "l1", 0.3, 1.0, 0, "test")
     others = {"dataset": "mnist", "method": "tl1", "seed": 1, "evaluate_on": "validation"}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 import tl1kernels as tk
 from tl1kernels.train.data import DATA, Data
@@ -68,9 +69,11 @@ def train(setting: Setting, data_folder: Path) -> tuple[torch.nn.Module, dict[st
     torch.manual_seed(setting.seed)
     network = recipe.network()
     optimizer = make_optimizer(network, setting)
+    most = setting.epochs or recipe.epochs
+    steps = most * -(-len(data.fit_labels) // recipe.batch_size)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / steps if recipe.falling else 1.0)
     began = time.perf_counter()
     history: list[dict[str, float]] = []
-    most = setting.epochs or recipe.epochs
     while len(history) < most and not (settled(history) or diverged(history)):
         total = 0.0
         for batch in torch.randperm(len(data.fit_labels)).split(recipe.batch_size):
@@ -78,6 +81,7 @@ def train(setting: Setting, data_folder: Path) -> tuple[torch.nn.Module, dict[st
             loss = F.cross_entropy(network(data.fit_inputs[batch]), data.fit_labels[batch])
             loss.backward()
             optimizer.step()
+            schedule.step()
             total += loss.item() * len(batch)
         history.append({"loss": total / len(data.fit_labels), "accuracy": accuracy(network, data)})
     left = tk.sparsity(network, data.eval_inputs[:8])
@@ -86,7 +90,7 @@ def train(setting: Setting, data_folder: Path) -> tuple[torch.nn.Module, dict[st
         "accuracy": history[-1]["accuracy"],
         "sparsity": left.as_dict(),
         "history": history,
-        "iterations_per_epoch": -(-len(data.fit_labels) // recipe.batch_size),
+        "iterations_per_epoch": steps // most,
         "seconds": time.perf_counter() - began,
         "environment": environment(),
     }
