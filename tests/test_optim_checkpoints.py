@@ -152,6 +152,19 @@ def test_a_narrow_counter_counts_on(dtype):
     assert optimizer.state[p]["step"].item() == 2049
 
 
+def test_amsgrad_may_begin_between_two_steps():
+    """Torch would miss `max_exp_avg_sq`; ours starts it: it is what `exp_avg_sq` is."""
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxAdam([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = True
+    optimizer.step()
+    state = optimizer.state[p]
+    assert state["step"] == 2
+    assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+
+
 def test_fused_counts_where_the_parameter_is():
     p = torch.ones(2, 2, requires_grad=True)
     for option in ("fused", "capturable"):

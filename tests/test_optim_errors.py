@@ -153,6 +153,8 @@ def test_gradients_and_state_that_do_not_fit_change_nothing():
         ("exp_avg", "x", TypeError, "state 'exp_avg' must be a tensor, got str"),
         ("step", 3, TypeError, "state 'step' must be a tensor, got int"),
         ("step", torch.ones(2), ValueError, r"state 'step' must be one float, .*\(2,\)"),
+        ("step", torch.ones(()), ValueError, "got step without exp_avg, exp_avg_sq"),
+        ("exp_avg", torch.ones(2, 2), ValueError, "got exp_avg without exp_avg_sq, step"),
     ):
         optimizer.state[bad][name] = value
         refused(error, message)

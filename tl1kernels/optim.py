@@ -22,6 +22,7 @@ from tl1kernels.batch import SGD, Adam, Entry, Numbers, Rule, state_dtype
 from tl1kernels.groups import is_flat_piece
 from tl1kernels.options import (
     check_group,
+    check_none_is_lost,
     check_state,
     of_regularizer,
     of_structure,
@@ -317,11 +318,11 @@ class _Proximal(torch.optim.Optimizer):
                 continue
             for param in group.params:
                 state = self.state.get(param, {})
-                for name in names:
-                    value = state.get(name)
-                    missing = missing or value is None
-                    if value is not None:
-                        check_state(name, value, param, name in group.rule.counters)
+                there = [name for name in names if state.get(name) is not None]
+                for name in there:
+                    check_state(name, state[name], param, name in group.rule.counters)
+                check_none_is_lost(names, there)
+                missing = missing or len(there) < len(names)
         return missing
 
     def _attach_state(self, planned: _Planned) -> bool:

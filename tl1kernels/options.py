@@ -55,6 +55,19 @@ def check_state(name: str, value: Any, param: Tensor, counter: bool = False) -> 
         raise ValueError(f"state {name!r} must be {allowed}, got {got}")
 
 
+def check_none_is_lost(names: Sequence[str], there: Sequence[str]) -> None:
+    """Raise if a parameter has only some of a rule's state: nothing but a damaged checkpoint has.
+
+    `max_exp_avg_sq` alone may begin later, where amsgrad was turned on between two steps.
+    """
+    lost = [name for name in names if name not in (*there, "max_exp_avg_sq")]
+    if there and lost:
+        raise ValueError(
+            f"state must have all of {', '.join(names)} or none, "
+            f"got {', '.join(there)} without {', '.join(lost)}"
+        )
+
+
 of_regularizer = itemgetter(*REGULARIZER)
 
 
