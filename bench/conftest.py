@@ -3,8 +3,9 @@
 import json
 import os
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tl1kernels.bench.timing import (
     ten_steps,
 )
 
-RESULTS = pytest.StashKey[list]()
+REPORT = pytest.StashKey["Report"]()
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,59 @@ class Result(Ratio):
         return "" if kept else f"{self.ratio:.2f} x {self.peer}, promised {self.bound:g}"
 
 
+@dataclass
+class Report:
+    """What was measured so far; written anew with each result, for a run may be stopped.
+
+    Attributes:
+        path: where to; None for nowhere. What is there of the same commit, machine and day stays.
+    """
+
+    path: Path | None
+    results: list[Result] = field(default_factory=list)
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def copy(self):
+        """A copy's bytes a second, measured at the first result."""
+        return copy_bandwidth(self.device)
+
+    @cached_property
+    def before(self):
+        """The results of an earlier run that this one goes on with."""
+        if self.path is None or not self.path.exists():
+            return []
+        there = json.loads(self.path.read_text())
+        same = (there["environment"], there["date"]) == (self.where, f"{date.today()}")
+        return there["results"] if same else []
+
+    @cached_property
+    def where(self):
+        """What the figures depend on."""
+        return {**environment(self.device), "commit": commit()}
+
+    def add(self, result):
+        """Take a result and write all of them."""
+        self.results.append(result)
+        if self.path is None:
+            return
+        if self.path.is_dir():
+            self.path /= f"{machine(self.where)}-{date.today()}.json"
+        new = [asdict(r) for r in self.results]
+        known = {(row["case"], row["peer"]) for row in new}
+        report = {
+            "environment": self.where,
+            "date": f"{date.today()}",
+            "copy_gb_per_s": self.copy / 1e9,
+            "results": [r for r in self.before if (r["case"], r["peer"]) not in known] + new,
+        }
+        self.path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def keep(request, case, peer, ratio, bound, n_bytes):
     """Add a result to the report, and to pytest-benchmark's; return it."""
     result = Result(**asdict(ratio), case=case, peer=peer, bound=bound, bytes=n_bytes)
-    request.config.stash[RESULTS].append(result)
+    request.config.stash[REPORT].add(result)
     request.getfixturevalue("benchmark").extra_info[peer] = ratio.ratio
     return result
 
@@ -59,7 +109,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[RESULTS] = []
+    config.stash[REPORT] = Report(config.getoption("--json-out"))
 
 
 @pytest.fixture
@@ -141,11 +191,11 @@ def commit():
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    results = config.stash[RESULTS]
+    report = config.stash[REPORT]
+    results = report.results
     if not results:
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    copy = copy_bandwidth(device)
+    copy = report.copy
     write = terminalreporter.write_line
     write("")
     write(f"copy {copy / 1e9:.1f} GB/s; medians, both sides interleaved in this process")
@@ -163,15 +213,5 @@ def pytest_terminal_summary(terminalreporter, config):
     for peer in dict.fromkeys(r.peer for r in results):
         of_peer = [r.ratio for r in results if r.peer == peer]
         write(f"geometric mean {geometric_mean(of_peer):.4f} over {len(of_peer)} cases: {peer}")
-    if path := config.getoption("--json-out"):
-        where = {**environment(device), "commit": commit()}
-        report = {
-            "environment": where,
-            "date": f"{date.today()}",
-            "copy_gb_per_s": copy / 1e9,
-            "results": [asdict(r) for r in results],
-        }
-        if path.is_dir():
-            path /= f"{machine(where)}-{date.today()}.json"
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        write(f"written to {path}")
+    if report.path:
+        write(f"written to {report.path}")

@@ -3,9 +3,9 @@
 Run: python -m bench.tune --out tune.json [--backend cuda] [--backend triton] [--workers 12]
 
 Each case is stepped as it is committed and with every other value that makes a difference to it, in
-turn, each on tensors of its own. First the results of a step are compared. What `--out` has is
-written after each case: whoever runs out of time keeps what there is. On a GPU, workers first
-compile what Triton will need, side by side.
+turn, each on tensors of its own. First the results of a step are compared; a value that fails is
+left out and named. What `--out` has is written after each case: whoever runs out of time keeps what
+there is. On a GPU, workers first compile what Triton will need, side by side.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import pickle
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -151,11 +151,13 @@ def work_of(schedule: triton_schedule.Schedule | cuda_schedule.Schedule) -> byte
     return pickle.dumps((schedule.layout, works))
 
 
-def variants(case: Case, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+def variants(
+    case: Case, device: str, failed: list[str]
+) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield the steps by name: as committed, then with each value that makes a difference.
 
-    Raises:
-        AssertionError: a step ends otherwise than the committed one.
+    Args:
+        failed: is told which values cannot step, or end otherwise than the committed step.
     """
 
     def stepped(knob: Knob | None, value: object) -> tuple[Callable[[], None], bytes, list]:
@@ -178,24 +180,34 @@ def variants(case: Case, device: str) -> Iterator[tuple[str, Callable[[], None]]
         yield COMMITTED, step
         for knob in KNOBS:
             for name, value in knob.values.items() if knob.backend == case.backend else ():
-                step, plan, got = stepped(knob, value)
-                if plan == committed:
+                try:
+                    step, plan, got = stepped(knob, value)
+                    if plan == committed:
+                        continue
+                    for p, q in zip(got, want, strict=True):
+                        far = 8 * torch.finfo(case.dtype).eps * q.abs().max().item()
+                        torch.testing.assert_close(p.detach(), q, rtol=0, atol=far)
+                except (AssertionError, RuntimeError) as error:
+                    failed.append(f"{knob.name} {name}: {error}")
                     continue
-                for p, q in zip(got, want, strict=True):
-                    far = 8 * torch.finfo(case.dtype).eps * q.abs().max().item()
-                    torch.testing.assert_close(p.detach(), q, rtol=0, atol=far)
                 yield f"{knob.name} {name}", step
 
 
 def compile_all(case: Case, device: str) -> None:
-    """Take each step of a case once, so that Triton's cache on disk has its kernels."""
-    for _ in variants(case, device):
-        pass
+    """Take each step of a case once, so that Triton's cache on disk has its kernels.
+
+    What fails is not said here: it fails again when it is timed.
+    """
+    with suppress(RuntimeError):
+        for _ in variants(case, device, []):
+            pass
 
 
-def timed(case: Case, device: str, copy: float, rounds: int) -> list[dict[str, object]]:
+def timed(
+    case: Case, device: str, copy: float, rounds: int, failed: list[str]
+) -> list[dict[str, object]]:
     """Time a case; return a row for each variant."""
-    sides = dict(variants(case, device))
+    sides = dict(variants(case, device, failed))
     params = [torch.empty(shape, dtype=case.dtype, device="meta") for shape in case.shapes]
     if case.is_model:
         peers = [fresh(shape, case.dtype, device) for shape in case.shapes]
@@ -232,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         "copy_gb_per_s": copy / 1e9,
         "results": [],
     }
-    failed = False
+    any_failed = False
     for backend in given.backend or ["cuda", "triton"]:
         backends.require(backend)
         every = list(cases(backend, given.size))
@@ -241,20 +253,22 @@ def main(arguments: list[str] | None = None) -> int:
                 list(pool.imap_unordered(partial(compile_all, device=given.device), every))
         for case in every:
             print(f"\n{backend}, {case.name}")
+            failed: list[str] = []
             try:
-                rows = timed(case, given.device, copy, given.rounds)
-            except (AssertionError, RuntimeError) as error:
-                failed = True
-                print(f"  FAILED: {error}")
-                continue
+                rows = timed(case, given.device, copy, given.rounds, failed)
+            except RuntimeError as error:
+                failed, rows = [f"{case.name}: {error}"], []
+            for what in failed:
+                any_failed = True
+                print(f"  FAILED: {what}", flush=True)
             for row in sorted(rows, key=lambda row: row["ms"]):
                 print(
                     f"  {row['variant']:36} {row['ms']:9.4f} ms {row['of_copy']:6.1%} of the copy"
                     f" {row['ratio']:6.3f}",
                     flush=True,
                 )
-            what = asdict(case) | {"dtype": str(case.dtype)}
-            report["results"].append({"case": what, "rows": rows})
+            of = asdict(case) | {"dtype": str(case.dtype)}
+            report["results"].append({"case": of, "rows": rows})
             given.out.write_text(json.dumps(report, indent=2) + "\n")
     print("\nvariant, its geometric mean over the cases that it makes a difference to")
     ratios: dict[tuple[str, str], list[float]] = {}
@@ -263,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
             ratios.setdefault((result["case"]["backend"], row["variant"]), []).append(row["ratio"])
     for (backend, variant), of in sorted(ratios.items(), key=lambda item: geometric_mean(item[1])):
         print(f"  {backend:8}{variant:36} {geometric_mean(of):6.3f} of {len(of)}")
-    return int(failed)
+    return int(any_failed)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import tl1kernels as tk
-from bench import readme
+from bench import conftest, readme
 from tests.common import ON_THE_REFERENCE_ALONE
 from tl1kernels import backends, cli
 from tl1kernels.backends import reference
@@ -342,3 +342,32 @@ def test_the_check_of_the_readme_fails_by_a_stale_plot_alone(monkeypatch, capsys
     assert "ratios.png was drawn from other figures" in capsys.readouterr().out
     monkeypatch.setattr(readme, "rendered", lambda page: as_it_is[page] + "x")
     assert readme.main() == 1
+
+
+def test_a_report_grows_by_each_result_and_by_another_run_of_the_same_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(conftest, "copy_bandwidth", lambda device: 50e9)
+    file = tmp_path / "report.json"
+
+    def run(commit, *cases):
+        monkeypatch.setenv("COMMIT", commit)
+        report = conftest.Report(file)
+        for case, ms in cases:
+            report.add(conftest.Result(ms, 1.0, ms, ms, ms, case, "torch", 1.0, 8))
+        written = json.loads(file.read_text())
+        assert written["environment"]["commit"] == commit
+        assert written["copy_gb_per_s"] == 50
+        return [(row["case"], row["ours_ms"]) for row in written["results"]]
+
+    assert run("one", ("rows", 1.0)) == [("rows", 1.0)]  # there before the second is measured
+    assert run("one", ("columns", 2.0)) == [("rows", 1.0), ("columns", 2.0)]
+    assert run("one", ("rows", 3.0)) == [("columns", 2.0), ("rows", 3.0)]
+    assert run("two", ("rows", 4.0)) == [("rows", 4.0)]
+
+
+def test_a_report_in_a_folder_is_named_after_machine_and_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(conftest, "copy_bandwidth", lambda device: 50e9)
+    report = conftest.Report(tmp_path)
+    report.add(conftest.Result(1.0, 1.0, 1.0, 1.0, 1.0, "rows", "torch", 1.0, 8))
+    (file,) = tmp_path.iterdir()
+    assert file.name.endswith(f"-{conftest.date.today()}.json")
+    assert conftest.Report(None).add(report.results[0]) is None

@@ -60,7 +60,26 @@ def test_a_variant_that_steps_otherwise_is_a_failure(tmp_path, monkeypatch, caps
     )
     case = tune.Case("rows", backend, "SGD", "out", torch.float32, ((200, 96),))
     assert tuned(tmp_path, monkeypatch, backend, [case]) == 1
-    assert "FAILED" in capsys.readouterr().out
+    assert "FAILED: items_of without the last" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "tune.json").read_text())["results"]
+    assert [row["variant"] for row in result["rows"]] == ["as committed"]
+
+
+def test_a_variant_that_cannot_step_fails_alone(monkeypatch, capsys, backend):
+    """Neither the other variants nor the workers that compile end with it."""
+    module = {"triton": triton_schedule, "cuda": cuda_schedule}[backend]
+    items = module.items_of
+
+    def refuse(*_):
+        raise RuntimeError("out of shared memory")
+
+    values = {"refused": refuse, "the same": items}
+    monkeypatch.setattr(tune, "KNOBS", [tune.Knob(backend, module, "items_of", values)])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tune.compile_all(columns(backend), device)
+    failed = []
+    assert dict(tune.variants(columns(backend), device, failed)).keys() == {"as committed"}
+    assert failed == ["items_of refused: out of shared memory"]
 
 
 @pytest.mark.parametrize("backend_name", ["triton", "cuda"])

@@ -62,6 +62,7 @@ int resident_blocks(Kernel kernel, size_t shared_bytes, int device) {
 }
 
 void launch_tiles(Kernel kernel, const Work& work, size_t shared_bytes, int blocks, const Place& place) {
+  check(cudaSetDevice(place.device), "choosing the device");
   // The blocks of a team wait for each other: all of the grid must run, or none of it.
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
