@@ -60,12 +60,17 @@ def test_weights_are_regularized_and_nothing_else_is():
     assert groups["hidden.weight"]["params"] == [model.hidden.weight]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.filterwarnings("ignore:.*(weight|spectral)_norm.*:FutureWarning")
 def test_what_a_weight_is_computed_from_stays_unregularized_and_is_named():
     """A direction that became zero would make the weight NaN."""
     old = nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3))
     new = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)), nn.Linear(8, 3))
-    for model, last, name in ((old, "2.weight", "0.weight_v"), (new, "1.weight", ".original1")):
+    spectral = nn.Sequential(nn.utils.spectral_norm(nn.Linear(5, 8)), nn.Linear(8, 3))
+    for model, last, name in (
+        (old, "2.weight", "0.weight_v"),
+        (new, "1.weight", ".original1"),
+        (spectral, "1.weight", ".weight_orig"),
+    ):
         with pytest.warns(RuntimeWarning, match=f"computed from 0.*{name}, which stay unregul"):
             groups = tk.param_groups(model, lam=10.0)
         assert [group["name"] for group in groups] == [last, "unregularized"]
@@ -104,6 +109,11 @@ def test_transposed_convolutions_group_by_the_same_neurons():
     assert tk.param_groups(model, lam=0.1, group_by="out")[0]["group_by"] == 1
     assert tk.param_groups(model, lam=0.1, group_by="in")[0]["group_by"] == 0
     assert tk.param_groups(model, lam=0.1, group_by="layer")[0]["group_by"] == "layer"
+
+
+def test_parameters_in_place_of_a_model_are_refused():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        tk.param_groups(list(nn.Linear(3, 2).parameters()), lam=0.1)
 
 
 def test_convolutions_with_groups_refuse_an_index_that_stands_for_several_neurons():

@@ -1,5 +1,7 @@
 """Bad input to the optimizers: the message, and nothing changed."""
 
+import operator
+
 import pytest
 import torch
 
@@ -164,6 +166,28 @@ def test_gradients_and_state_that_do_not_fit_change_nothing():
     optimizer.state[bad]["exp_avg"] = torch.zeros(3, 3)
     refused(ValueError, r"'exp_avg' must be floats of shape \(2, 2\)")
     assert optimizer.state[good]["step"] == 1
+
+
+def test_refused_param_groups_are_as_they_were_and_may_be_used_again():
+    """Torch fills the optimizer's options into the user's dicts."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    groups = tk.param_groups(model, lam=0.1)
+    groups[1]["penalty"] = "mcp"
+    before = [dict(group) for group in groups]
+    for options in ({"rounding": "stocastic"}, {"lr": 7.0}, {"lr": -1.0}):
+        with pytest.raises(ValueError, match=r"rounding must be|lr|learning rate"):
+            tk.ProxAdamW(iter(groups), **options)
+        assert groups == before
+    optimizer = tk.ProxAdamW(groups, lr=0.1)
+    assert all(map(operator.is_, optimizer.param_groups, groups))
+    more = {"params": iter([torch.ones(2, 2, requires_grad=True)]), "lam": -1.0}
+    with pytest.raises(ValueError, match="lam must be"):
+        optimizer.add_param_group(more)
+    assert more.keys() == {"params", "lam"}
+    assert len(optimizer.param_groups) == 3
+    more["lam"] = 0.2
+    optimizer.add_param_group(more)
+    assert len(optimizer.param_groups[3]["params"]) == 1
 
 
 def test_a_refusal_leaves_no_empty_state():

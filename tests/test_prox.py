@@ -392,6 +392,15 @@ def test_penalty_value_takes_any_strides():
         assert got == tk.penalty_value(strided.clone().contiguous(), group_by="in")
 
 
+@pytest.mark.parametrize("penalty", ["l0", None])
+def test_a_count_or_nothing_has_a_gradient_of_zeros(penalty):
+    w = torch.tensor([[2.0, 0.0], [float("inf"), -1.0]], requires_grad=True)
+    value = tk.penalty_value(w, penalty=penalty)
+    assert value == (3 if penalty else 0)
+    value.backward()
+    assert w.grad.eq(0).all()
+
+
 def test_penalty_value_has_a_gradient_also_at_zero_groups():
     w = torch.zeros(3, 4, dtype=torch.float64)
     w[0] = torch.randn(4)

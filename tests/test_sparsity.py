@@ -198,6 +198,205 @@ def test_a_flat_activation_hides_no_reader(activation):
         assert tk.sparsity(model, x).neurons_removed == unread
 
 
+def counted_without_grad(h):
+    with torch.no_grad():
+        return (h > 0).float() + h.floor()
+
+
+OUTSIDE_AUTOGRAD = {
+    "detach": lambda h: h.relu().detach(),
+    "data": lambda h: h.data * 2,
+    "round": lambda h: torch.round(h * 16) / 16,
+    "sign": torch.sign,
+    "compared": lambda h: (h > 0).float(),
+    "no_grad": counted_without_grad,
+}
+
+
+@pytest.mark.parametrize("function", OUTSIDE_AUTOGRAD)
+def test_what_autograd_does_not_follow_hides_no_reader(function):
+    """Unit by unit: one that only dead weights read is removed all the same."""
+    model = TwoLayers(OUTSIDE_AUTOGRAD[function], inputs=6, hidden=8)
+    x = torch.randn(4, 6)
+    assert tk.sparsity(model, x).neurons_removed == 0
+    with torch.no_grad():
+        model.b.weight[:, [2, 5, 6]] = 0
+    assert tk.sparsity(model, x).layers[0].neurons_removed == 3
+
+
+class Routed(nn.Module):
+    """Experts chosen by an argmax, which nothing but the choice reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.one, self.two = nn.Linear(6, 2), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        first = self.router(x).argmax(1, keepdim=True) == 0
+        return torch.where(first, self.one(x), self.two(x))
+
+
+class Scaled(nn.Module):
+    """By one number, made of all units of a layer."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.a, self.b, self.number = nn.Linear(6, 8), nn.Linear(6, 3), number
+
+    def forward(self, x):
+        return self.b(x) * self.number(self.a(x))
+
+
+class Quantized(nn.Module):
+    """By the nearest of a few codes, whose distances to each unit decide."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("codes", torch.linspace(-1, 1, 5))
+
+    def forward(self, x):
+        h = self.a(x)
+        nearest = self.codes[(h.unsqueeze(-1) - self.codes).abs().argmin(-1)]
+        return self.b(nearest)
+
+
+class ActorCritic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.actor, self.critic = nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(8, 1)
+        with torch.no_grad():
+            self.actor.weight[:, :4] = 0
+
+    def forward(self, x):
+        h = self.body(x).tanh()
+        return self.actor(h), self.critic(h.detach())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Routed(),
+        Scaled(lambda h: h.mean().item()),
+        Scaled(lambda h: float(h.detach().numpy().mean())),
+        Scaled(lambda h: 2.0 if h.sum() > 0 else 1.0),
+        Scaled(lambda h: torch.tensor(h.tolist()).mean()),
+        Quantized(),
+        ActorCritic(),
+    ],
+    ids=["argmax", "item", "numpy", "bool", "list", "codes", "critic"],
+)
+def test_a_unit_that_decides_something_is_read(model):
+    assert tk.sparsity(model, torch.randn(4, 6)).neurons_removed == 0
+
+
+def test_asking_for_shape_kind_or_health_reads_no_unit():
+    def asked(h):
+        assert not torch.isnan(h).any()
+        return nn.functional.relu(h) + torch.zeros_like(h) + h.new_ones(h.shape)
+
+    model = TwoLayers(asked, inputs=6, hidden=8)
+    with torch.no_grad():
+        model.b.weight[:, 0] = 0
+    assert tk.sparsity(model, torch.randn(2, 6)).layers[0].neurons_removed == 1
+
+
+class Sampled(nn.Module):
+    """A normal distribution, which refuses a scale that is not positive."""
+
+    def __init__(self, positive):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 8), nn.Linear(4, 6)
+        self.mean, self.scale, self.positive = nn.Linear(8, 4), nn.Linear(8, 4), positive
+
+    def forward(self, x):
+        h = self.encoder(x).relu()
+        normal = torch.distributions.Normal(self.mean(h), self.positive(self.scale(h)))
+        return self.decoder(normal.rsample())
+
+
+@pytest.mark.parametrize("positive", [torch.exp, nn.functional.softplus], ids=["exp", "softplus"])
+def test_values_that_a_model_refuses_are_left_out(positive):
+    torch.manual_seed(0)
+    model, x = Sampled(positive), torch.randn(4, 6)
+    assert tk.sparsity(model, x).neurons_removed == 0
+    with torch.no_grad():
+        model.mean.weight[:, 0] = 0
+        model.scale.weight[:, 0] = 0
+    assert tk.sparsity(model, x).neurons_removed == 1
+
+
+class Potential(nn.Module):
+    """Its output is a gradient that it takes itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.b(self.a(x).tanh()).sum(), x, create_graph=True)[0]
+
+
+class Reentrant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        inner = torch.utils.checkpoint.checkpoint(self.a, x.requires_grad_(), use_reentrant=True)
+        return self.b(inner.relu())
+
+
+@pytest.mark.parametrize("kind", [Potential, Reentrant])
+def test_a_model_that_takes_gradients_is_judged_by_ingoing_weights(kind):
+    model = kind()
+    with torch.no_grad():
+        model.a.weight[:2] = 0
+        model.b.weight[:, 3] = 0
+    left = tk.sparsity(model, torch.randn(4, 6))
+    assert left.layers[0].neurons_removed == 2
+    assert left.flops == 2 * (6 * 8 + model.b.weight.numel())
+
+
+def test_a_complex_output_is_followed():
+    model = TwoLayers(torch.relu, inputs=6, hidden=8)
+    with torch.no_grad():
+        model.b.weight[:, 1] = 0
+    spectrum = nn.Sequential(model, Spectrum())
+    assert tk.sparsity(spectrum, torch.randn(4, 6)).layers[0].neurons_removed == 1
+
+
+class Spectrum(nn.Module):
+    def forward(self, x):
+        return torch.fft.rfft(x)
+
+
+def test_inputs_that_do_not_fit_raise_the_models_own_error():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        tk.sparsity(TwoLayers(torch.relu), torch.randn(4, 7))
+
+
+def test_buffers_that_a_model_writes_to_are_left_as_they_were():
+    class Counting(TwoLayers):
+        def __init__(self):
+            super().__init__(torch.relu)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(10))
+
+        def forward(self, x):
+            self.calls += 1
+            out = super().forward(x)
+            self.mean = 0.9 * self.mean + 0.1 * out.detach().mean(0)
+            return out
+
+    model = Counting()
+    buffers = dict(model.named_buffers())
+    tk.sparsity(model, torch.randn(4, 32))
+    assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
+    assert all(not buffer.any() and not buffer.requires_grad for buffer in buffers.values())
+
+
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()

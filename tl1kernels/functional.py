@@ -181,7 +181,8 @@ def penalty_value(
     Arguments and errors are those of `prox`; `w` may have any strides.
 
     Returns:
-        A 0-d float64 tensor on w's device, differentiable with respect to `w`.
+        A 0-d float64 tensor on w's device, differentiable with respect to `w` (almost everywhere:
+        a count's gradient is 0).
     """
     plan.check_tensor("w", w)
     options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
@@ -189,7 +190,7 @@ def penalty_value(
     w = w.to(torch.float64).contiguous()
     view = view_of(w, group_by)
     terms, split = reg.terms(view).read(), view.split(w)
-    total = w.new_zeros(())
+    total = w.reshape(-1)[:0].sum()  # 0, with a gradient of zeros
     if reg.penalty is not None:
         total = total + PENALTIES[reg.penalty].value(split, terms.elementwise, terms.a)
     if view.grouped:

@@ -36,9 +36,9 @@ def param_groups(
     registers them. Everything else (biases, norm scales, embeddings) goes to a last group
     with lam = 0. A parameter shared by several modules is taken once, where it first appears.
     Also there, with a warning that names them, goes what a weight is computed from
-    (`weight_norm`, `torch.nn.utils.parametrize`): zeros of those are not the weight's zeros, and
-    a direction that became zero would make it NaN. So do FullyShardedDataParallel's flat pieces,
-    of which nobody knows the groups.
+    (`weight_norm`, `spectral_norm`, `torch.nn.utils.parametrize`): zeros of those are not the
+    weight's zeros, and a direction or a singular value that became zero would make it NaN. So do
+    FullyShardedDataParallel's flat pieces, of which nobody knows the groups.
 
     Where both terms are there (a penalty and groups), layer l of L gets, unless `mu` is given,
 
@@ -61,6 +61,8 @@ def param_groups(
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu, "group_weight": group_weight}
     Regularizer.of({**options, "group_by": group_by})
     if not 0 <= number("mu_min", mu_min) <= 0.5:
@@ -99,8 +101,15 @@ def _neurons(module: nn.Module, group_by: GroupBy) -> GroupBy:
 
 
 def _is_normed(module: nn.Module, name: str) -> bool:
-    """Return whether a parameter is of `torch.nn.utils.weight_norm`: a length or a direction."""
-    both = {f"{name[:-2]}_g", f"{name[:-2]}_v"}
+    """Return whether `torch.nn.utils.weight_norm` or `spectral_norm` make a weight of a parameter.
+
+    It is a length or a direction, or what is divided by its largest singular value.
+    """
+    stem, _, ending = name.rpartition("_")
+    if ending == "orig":
+        vectors = dict(module.named_buffers(recurse=False)).keys()
+        return {f"{stem}_u", f"{stem}_v"} <= vectors
+    both = {f"{stem}_g", f"{stem}_v"}
     return name in both and both <= dict(module.named_parameters(recurse=False)).keys()
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from operator import is_, itemgetter
@@ -131,24 +132,25 @@ class _Proximal(torch.optim.Optimizer):
             "rounding": rounding,
             "master_weights": master_weights,
         }
-        super().__init__(params, *args, **kwargs)
+        if not isinstance(params, Tensor):  # which torch refuses
+            params = list(params)
+        with _unchanged_if_refused(params):
+            super().__init__(params, *args, **kwargs)
         self._key = compiled.register(self)
         self._versions = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; see `torch.optim.Optimizer.add_param_group`."""
         self.defaults.update(self.__dict__.pop("_options", {}))
-        # Wrappers (ZeroRedundancyOptimizer) put the optimizer's own lam into every group.
-        if isinstance(param_group, dict) and _is_another(param_group, self.defaults, "lam"):
-            param_group.setdefault("min_ndim", 0)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
+        with _unchanged_if_refused([param_group]):
+            # Wrappers (ZeroRedundancyOptimizer) put the optimizer's own lam into every group.
+            if isinstance(param_group, dict) and _is_another(param_group, self.defaults, "lam"):
+                param_group.setdefault("min_ndim", 0)
+            super().add_param_group(param_group)
+            group = self.param_groups.pop()
             # What is frozen may be of any kind, as for torch; if it thaws, its first step looks.
             reg = check_group(group, [param for param in group["params"] if param.requires_grad])
-        except BaseException:
-            del self.param_groups[-1]
-            raise
+            self.param_groups.append(group)
         regularized = isinstance(reg.lam, Tensor) or reg.lam > 0
         asks = reg.group_by is not None or group["min_ndim"] > 1  # for what a flat piece lacks
         if regularized and asks and any(map(is_flat_piece, group["params"])):
@@ -204,7 +206,8 @@ class _Proximal(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one proximal step; return the closure's loss, if there is one."""
         if closure is None and torch.compiler.is_compiling():
-            compiled.step(self._key, self.param_groups)
+            # Asked for the attribute, the compiler makes constants of all options.
+            compiled.step(self._key, self.__dict__["param_groups"])
             return None
         loss = None
         if closure is not None:
@@ -405,6 +408,21 @@ _NO_TERMS = Terms(0.0, 0.0, 1.0)
 
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """torch's options that choose how a step runs, not what it does."""
+
+
+@contextmanager
+def _unchanged_if_refused(groups: Iterable[Any]) -> Iterator[None]:
+    """Where what is inside raises, take back what it has filled into the user's param groups."""
+    before = [(group, dict(group)) for group in groups if isinstance(group, dict)]
+    try:
+        yield
+    except BaseException:
+        for group, old in before:
+            # What was an iterator is used up: the list that torch has made of it stays.
+            params = {"params": group["params"]} if "params" in group else {}
+            group.clear()
+            group.update(old | params)
+        raise
 
 
 def _is_another(group: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> bool:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 
-# Functions of one value, or a choice between values, that are flat in places: by their
-# autograd nodes, "ReluBackward0" for one.
+# Functions of one value, or a choice between values, that are flat in places or everywhere: by
+# their autograd nodes, "ReluBackward0" for one.
 _FLAT_IN_PLACES = frozenset(
     f"{name}Backward"
     for name in (
@@ -24,9 +26,19 @@ _FLAT_IN_PLACES = frozenset(
         *("LeakyRelu", "PreluKernel", "RreluWithNoise"),
         *("Elu", "Celu", "Gelu", "Silu", "Mish", "Softplus", "LogSigmoid"),
         *("Sigmoid", "Tanh", "Exp", "Erf", "Softmax"),
+        *("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn"),
         *("Where", "MaskedFill", "Maximum", "Minimum"),
     )
 )
+# Functions that make numbers or an array of a tensor.
+_NUMBERS = frozenset(
+    f"__{name}__" for name in ("array", "dlpack", "bool", "float", "int", "index", "complex")
+) | {"item", "tolist", "numpy"}
+# Functions that ask whether values are numbers at all, or for shape and kind alone.
+_NO_VALUES = re.compile("is(nan|inf|posinf|neginf|finite)|.*_like")
+_KIND_OF_THE_SECOND = re.compile("to|.*_as")
+_KIND_OF_THE_FIRST = re.compile("new_.*")
+_IN_PLACE = re.compile(".*[^_]_|__i.*__|__setitem__")
 
 
 class Trace:
@@ -35,11 +47,12 @@ class Trace:
     Each layer's output is replaced by a leaf, so that gradients at it come only from what reads
     this output directly: live inputs of other layers, and the model's output. Their random
     positive multiples have gradient zero, unit by unit, exactly where nobody reads.
-    Two things keep readers from hiding. Where an activation is flat (`_FLAT_IN_PLACES`) the
-    gradient passes as if it were not. And so that no gate stays shut and no maximum is always
-    another unit's, the leaves' values change while some unit seems unread: the real output
-    first, then random values around zero, then around the real output, on several scales and
-    each with both signs.
+    Three things keep readers from hiding. Where an activation is flat (`_FLAT_IN_PLACES`) the
+    gradient passes as if it were not. Where autograd does not follow, `_Watch` does. And
+    so that no gate stays shut and no maximum is always another unit's, the leaves' values change
+    while some unit seems unread: the real output first, then random values around zero, then
+    around the real output, on several scales and each with both signs. Those that the model
+    refuses are left out.
     """
 
     # A leaf is the first times the real output plus the second times random values.
@@ -56,7 +69,8 @@ class Trace:
         self.real: dict[nn.Module, list[Tensor]] = {}  # outputs by use
         self.positions: dict[nn.Module, int] = {}
         self.unread: dict[nn.Module, Tensor] = {}
-        self.blind = False  # something was read where autograd does not look
+        self.blind = False  # something was read where neither autograd nor the watch looks
+        self.watch = _Watch(self)
 
     def run(self, model: nn.Module, inputs: Any) -> None:
         """Fill `positions` (output positions per example) and `unread` (bool by unit)."""
@@ -68,39 +82,56 @@ class Trace:
         self.batch = _batch_size([*args, *kwargs.values()])
         with ExitStack() as stack:
             for layer in self.reads:
-                handle = layer.register_forward_hook(self._hook, with_kwargs=True)
-                stack.callback(handle.remove)
+                before = layer.register_forward_pre_hook(self.watch.pause)
+                stack.callback(before.remove)
+                after = layer.register_forward_hook(self._hook, with_kwargs=True)
+                stack.callback(after.remove)
             for around, scale in self.ROUNDS:
                 self.around, self.scale = around, scale
                 self.generator = torch.Generator().manual_seed(int(abs(scale)) + around)
-                self._round(model, args, kwargs)
+                first = not self.positions
+                try:
+                    self._round(model, args, kwargs)
+                except Exception:  # the model's: of any kind
+                    self.blind = self.blind or first  # for it may take gradients of its own
                 suspects = (unread & self.computes[m] for m, unread in self.unread.items())
                 if self.blind or not any(bool(units.any()) for units in suspects):
                     break
+            if self.blind and not self.positions:
+                self._call(model, args, kwargs)  # as it is; what is wrong with the inputs is raised
+                self.positions = self.counted
         self.positions = {m: n // self.batch for m, n in self.positions.items()}
         if self.blind:
             self.unread = {}
 
-    def _round(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.positions = {}
+    def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.counted: dict[nn.Module, int] = {}
         self.outputs: list[tuple[nn.Module, Tensor]] = []
         self.read: list[Tensor] = []
-        self._add_read(model(*args, **kwargs))
+        self.watch.begin()
+        result = model(*args, **kwargs)
+        if self.outputs and self._unit_dim(*self.outputs[0]) == 0:
+            self.batch = 1
+        return result
+
+    def _round(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self.watch:
+            result = self._call(model, args, kwargs)
+        self._add_read(result)
         # A backward pass that recomputes calls the hooks again; what they note then is dropped.
-        outputs, read, positions = self.outputs, self.read, self.positions
-        self.outputs, self.read, self.positions = [], [], {}
+        outputs, read, positions = self.outputs, self.read, self.counted
+        self.outputs, self.read, self.counted = [], [], {}
         if not self.real:
             for layer, leaf in outputs:
                 self.real.setdefault(layer, []).append(leaf.detach())
-        if outputs and self._unit_dim(*outputs[0]) == 0:
-            self.batch = 1
         leaves = [leaf for _, leaf in outputs]
         if not leaves or not read:
             self.blind, self.positions = True, positions
             return
         total = torch.stack([part.to(read[0]) for part in read]).sum()
         _pass_where_flat(total)
-        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        with self.watch:
+            gradients = torch.autograd.grad(total, leaves, allow_unused=True)
         self.positions = positions
         for (layer, leaf), gradient in zip(outputs, gradients, strict=True):
             unit_dim = self._unit_dim(layer, leaf)
@@ -114,17 +145,26 @@ class Trace:
     def _hook(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
-        if not torch.is_grad_enabled():
-            self.blind = True
-        x = args[0] if args else kwargs["input"]
+        try:
+            return self._replaced(layer, args[0] if args else kwargs["input"], output)
+        finally:
+            self.watch.go_on()
+
+    def _replaced(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """Note what a layer reads and count its positions; return what stands for its output."""
         unit_dim = self._unit_dim(layer, x)
-        if x.requires_grad:
-            shape = [1] * x.ndim
-            shape[unit_dim] = -1
-            self._add_read(x * self.reads[layer].view(shape))
         counted = x if isinstance(layer, _TRANSPOSED) else output
         positions = math.prod(counted.shape[:unit_dim]) * math.prod(counted.shape[unit_dim + 1 :])
-        self.positions[layer] = self.positions.get(layer, 0) + positions
+        self.counted[layer] = self.counted.get(layer, 0) + positions
+        self.blind = self.blind or not torch.is_grad_enabled()
+        if self.blind:
+            self.outputs.append((layer, output))
+            return output
+        shape = [1] * x.ndim
+        shape[unit_dim] = -1
+        live = self.watch.followed(x)
+        if live.requires_grad:
+            self._add_read(live * self.reads[layer].view(shape))
         leaf = self._leaf(layer, output.detach())
         self.outputs.append((layer, leaf))
         return leaf.clone()  # an in-place activation may follow
@@ -145,7 +185,10 @@ class Trace:
         return tensor.ndim - 1 - self.spatial_dims[layer]
 
     def _add_read(self, value: Any) -> None:
+        if isinstance(value, Tensor) and not value.requires_grad:
+            value = self.watch.sources(value) or value
         if isinstance(value, Tensor) and value.requires_grad:
+            value = torch.view_as_real(value) if value.is_complex() else value
             self.read.append((value * self._random(value)).sum())
         elif isinstance(value, dict):
             self._add_read(list(value.values()))
@@ -160,6 +203,117 @@ class Trace:
         # On the CPU, whatever the default device: the same values everywhere.
         values = torch.rand(like.shape, generator=self.generator, dtype=torch.float32, device="cpu")
         return (values + 0.5).to(like)
+
+
+class _Watch(TorchFunctionMode):
+    """Follows what autograd does not, while a model runs.
+
+    Of a tensor without grad that was computed from followed ones (detached, compared, an argmax,
+    anything under no_grad) these are the sources. Where something with grad is computed from it,
+    the gradient goes on to the sources too (`_Also`), unit by unit where shapes allow. Otherwise,
+    and where a number or an array is made of it, its sources count as read.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all sources."""
+        self.paused = False
+        self._sources: dict[int, tuple[Tensor, list[Tensor]]] = {}  # with what has that id
+
+    def pause(self, *_: Any) -> None:
+        """Look away: a layer computes, whose readers are known."""
+        self.paused = True
+
+    def go_on(self) -> None:
+        """Look again."""
+        self.paused = False
+
+    def sources(self, x: Tensor) -> list[Tensor]:
+        """Return what a tensor without grad was computed from."""
+        return self._sources.get(id(x), (x, []))[1]
+
+    def followed(self, x: Tensor) -> Tensor:
+        """Return `x`, with a gradient for its sources; what that cannot reach counts as read."""
+        return x if x.requires_grad else self._with(x, self.sources(x))
+
+    def _with(self, x: Tensor, sources: Iterable[Tensor]) -> Tensor:
+        for source in sources:
+            if x.is_floating_point() and source.is_floating_point() and _fits(source, x):
+                with torch.enable_grad():
+                    x = _Also.apply(x, source)
+            else:
+                self._count([source])
+        return x
+
+    def _count(self, sources: list[Tensor]) -> None:
+        with torch.enable_grad():
+            self.trace._add_read(sources)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.paused or _NO_VALUES.fullmatch(name):
+            return func(*args, **kwargs)
+        given = args[:1] if _KIND_OF_THE_SECOND.fullmatch(name) else [*args, kwargs]
+        given = [*_tensors(given[1:] if _KIND_OF_THE_FIRST.fullmatch(name) else given)]
+        hidden = {id(s): s for x in given if not x.requires_grad for s in self.sources(x)}
+        sources = {id(x): x for x in given if x.requires_grad} | hidden
+        if name in _NUMBERS or name == "detach_":
+            self._count([*sources.values()])
+            sources = {}
+        result = func(*args, **kwargs)
+        if not sources:
+            return result
+        results = [args[0]] if name == "__setitem__" else [*_tensors([result])]
+        for x in results:
+            if not x.requires_grad:
+                before = {id(s): s for s in self.sources(x)}
+                self._sources[id(x)] = x, [*(before | sources).values()]
+        if hidden and any(x.requires_grad for x in results):
+            if isinstance(result, Tensor) and not _IN_PLACE.fullmatch(name):
+                return self._with(result, hidden.values())
+            self._count([*hidden.values()])
+        return result
+
+
+def _fits(source: Tensor, result: Tensor) -> bool:
+    """Return whether one tensor can be expanded to the shape of another."""
+    pairs = zip(reversed(source.shape), reversed(result.shape), strict=False)
+    return source.ndim <= result.ndim and all(n in (1, m) for n, m in pairs)
+
+
+class _Also(torch.autograd.Function):
+    """A tensor as it is, whose gradient goes in part to another one, too.
+
+    In part, for z + (q - z).detach() must not become q alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = source.shape, source.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, _PART * gradient.sum_to_size(ctx.shape).to(ctx.dtype)
+
+
+_PART = 0.37
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in lists, tuples and dicts."""
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple, dict)):
+            yield from _tensors(value)
 
 
 def _pass_where_flat(total: Tensor) -> None:
@@ -187,7 +341,7 @@ def _straight_through(
     return tuple(
         g
         if g is None or out is None or g.shape != out.shape
-        else torch.where(g == 0, 0.37 * out, g)
+        else torch.where(g == 0, _PART * out, g)
         for g in gradients
     )
 

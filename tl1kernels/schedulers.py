@@ -37,7 +37,7 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
         option: what is led: "lam", "mu" or "a".
         start: the value at the beginning; None for 0, which is no value of "a".
         delay: steps before the way begins, >= 0.
-        last_epoch: as in torch: steps taken; -1 begins anew.
+        last_epoch: as in torch, one less than the steps taken; -1 begins anew.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.

@@ -152,9 +152,10 @@ def sparsity(model: nn.Module, example_inputs: Any = None) -> Sparsity:
             batch dim first, or one example without it: a vector for a linear layer, (channels,
             *positions) for a convolution. With it FLOPs are counted (a convolution's by its
             output size), and a neuron whose readers have only zeros for it counts as removed.
-            Where readers cannot be followed (a part run without grad, an output that is no
-            tensor of floats), ingoing weights alone decide. Give several examples to a network
-            that takes maxima over units: one that loses each of them counts as unread.
+            Where readers cannot be followed (a layer run without grad, an output that is no
+            tensor, gradients taken inside), ingoing weights alone decide. Give several examples
+            to a network that takes maxima over units: one that loses each of them counts as
+            unread.
 
     Returns:
         A `Sparsity`. A shared layer is counted once, its FLOPs per use. A layer whose weight is
@@ -216,6 +217,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
         (m, {k: v for k, v in vars(m).items() if k == "training" or isinstance(v, Tensor)})
         for m in model.modules()
     ]
+    buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
     try:
         model.eval()
         # Graphs that torch.compile made before would run without the hooks.
@@ -224,6 +226,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
+            buffers = _replace_buffers(model)
             for module in model.modules():
                 for hook in module._forward_pre_hooks.values():
                     if isinstance(hook, _COMPUTES_AN_ATTRIBUTE):
@@ -232,6 +235,24 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, attributes in before:
             vars(module).update(attributes)
+        for module, own in buffers:
+            module._buffers.update(own)
+
+
+def _replace_buffers(model: nn.Module) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
+    """Give a model copies of its buffers, which its forward may write to; return its own."""
+    own, copies = [], dict[Tensor, Tensor]()
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # whose buffers are not Python's
+        own.append((module, dict(module._buffers)))
+        for name, buffer in module._buffers.items():
+            if buffer is None or is_lazy(buffer):
+                continue
+            if buffer not in copies:
+                copies[buffer] = buffer.clone()
+            module._buffers[name] = copies[buffer]
+    return own
 
 
 def _parameters(model: nn.Module) -> tuple[int, int]:

@@ -44,6 +44,8 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
     """Run every step and prox inside the `with` block on one backend; None chooses by device.
 
     It comes before the environment variable TL1KERNELS_BACKEND, and after a `backend=` argument.
+    Other threads do not notice (autograd's, where hooks step on a GPU, are such); the variable is
+    for all.
 
     Raises:
         ValueError: no backend has that name.
@@ -62,13 +64,13 @@ def _use(name: str | None) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def require(name: str | None) -> None:
-    """Raise unless `name` is None or a backend that can run on this machine."""
+def require(name: str | None, source: str = "backend") -> None:
+    """Raise unless `name`, which `source` gave, is None or a backend that can run here."""
     if name is None:
         return
     if not isinstance(name, str) or name not in BACKENDS:
         names = ", ".join(repr(known) for known in BACKENDS)
-        raise ValueError(f"backend must be None or one of {names}, got {name!r}")
+        raise ValueError(f"{source} must be None or one of {names}, got {name!r}")
     reason = BACKENDS[name].unavailable()
     if reason:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
@@ -94,7 +96,8 @@ def select(batch: Batch, name: str | None = None) -> str:
     """
     asked = name if name is not None else asked_for()
     if asked is not None:
-        require(asked)
+        # `use_backend` has looked at its own.
+        require(asked, "backend" if name is not None else ENVIRONMENT)
         reason = BACKENDS[asked].rejects(batch)
         if reason:
             raise RuntimeError(f"backend {asked!r} cannot run this step: {reason}")
