@@ -56,6 +56,22 @@ def test_a_step_has_no_graph_break_and_no_schedule_recompiles_it(kind, backend, 
         assert sum("optimizer_step_" in target for target in targets) == 1
 
 
+def test_a_compiled_step_takes_the_param_groups_that_there_are():
+    p, q = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer = tk.ProxSGD([p], lr=0.125)
+    step = torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True)
+    step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    step()
+    optimizer.param_groups = [{**optimizer.param_groups[0], "params": [q]}]
+    step()
+    optimizer.add_param_group({"params": [p]})
+    step()
+    assert p.eq(0.625).all()
+    assert q.eq(0.75).all()
+
+
 def test_a_compiled_step_takes_new_random_bits_each_time_as_an_eager_one_does():
     options = {"lr": 1.0, "lam": 1e-30, "penalty": None, "group_by": "out"}
     params = [torch.ones(20, 30, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]

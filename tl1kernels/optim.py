@@ -103,6 +103,8 @@ class _Proximal(torch.optim.Optimizer):
     _planned: _Planned | None = None  # of the last step
     _versions: dict[Tensor, int | None]  # of parameters that have masters, after the last step
     _key: int  # by which a compiled step finds this optimizer
+    # `param_groups`, by a name under which torch.compile does not make constants of all options.
+    _groups: list[dict[str, Any]]
 
     def __init__(
         self,
@@ -138,6 +140,11 @@ class _Proximal(torch.optim.Optimizer):
             super().__init__(params, *args, **kwargs)
         self._key = compiled.register(self)
         self._versions = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "param_groups":
+            self._groups = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; see `torch.optim.Optimizer.add_param_group`."""
@@ -181,6 +188,7 @@ class _Proximal(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._groups = self.param_groups
         self._planned, self._versions = None, {}
         if "_key" not in self.__dict__:
             self._key = compiled.register(self)
@@ -206,8 +214,7 @@ class _Proximal(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one proximal step; return the closure's loss, if there is one."""
         if closure is None and torch.compiler.is_compiling():
-            # Asked for the attribute, the compiler makes constants of all options.
-            compiled.step(self._key, self.__dict__["param_groups"])
+            compiled.step(self._key, self._groups)
             return None
         loss = None
         if closure is not None:
@@ -413,15 +420,18 @@ _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 @contextmanager
 def _unchanged_if_refused(groups: Iterable[Any]) -> Iterator[None]:
     """Where what is inside raises, take back what it has filled into the user's param groups."""
-    before = [(group, dict(group)) for group in groups if isinstance(group, dict)]
+    before = []
+    for group in groups:
+        if isinstance(group, dict):
+            if isinstance(group.get("params"), Iterator):  # which can be read only once
+                group["params"] = list(group["params"])
+            before.append((group, dict(group)))
     try:
         yield
     except BaseException:
         for group, old in before:
-            # What was an iterator is used up: the list that torch has made of it stays.
-            params = {"params": group["params"]} if "params" in group else {}
             group.clear()
-            group.update(old | params)
+            group.update(old)
         raise
 
 
