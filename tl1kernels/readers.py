@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,19 +26,33 @@ _FLAT_IN_PLACES = frozenset(
         *("LeakyRelu", "PreluKernel", "RreluWithNoise"),
         *("Elu", "Celu", "Gelu", "Silu", "Mish", "Softplus", "LogSigmoid"),
         *("Sigmoid", "Tanh", "Exp", "Erf", "Softmax"),
-        *("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn"),
+        *("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Div", "Bernoulli", "Poisson"),
         *("Where", "MaskedFill", "Maximum", "Minimum"),
     )
 )
+# Functions of each element alone, by which something without grad may come from something with.
+_ELEMENTWISE = frozenset(
+    f"{before}{name}{after}"
+    for name in (
+        *("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "xor", "invert", "neg", "abs"),
+        *("add", "radd", "sub", "rsub", "mul", "rmul", "div", "truediv", "rtruediv", "pow"),
+    )
+    for before, after in (("", ""), ("__", "__"))
+) | {
+    *("logical_and", "logical_or", "logical_xor", "logical_not", "where", "masked_fill"),
+    *("to", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long"),
+    *("detach", "clone", "contiguous", "round", "floor", "ceil", "trunc", "sign", "sgn"),
+    *("relu", "sigmoid", "tanh", "exp", "clamp", "heaviside", "maximum", "minimum"),
+}
 # Functions that make numbers or an array of a tensor.
 _NUMBERS = frozenset(
     f"__{name}__" for name in ("array", "dlpack", "bool", "float", "int", "index", "complex")
 ) | {"item", "tolist", "numpy"}
 # Functions that ask whether values are numbers at all, or for shape and kind alone.
-_NO_VALUES = re.compile("is(nan|inf|posinf|neginf|finite)|.*_like")
+_NO_VALUES = re.compile("is(nan|inf|posinf|neginf|finite)")
 _KIND_OF_THE_SECOND = re.compile("to|.*_as")
-_KIND_OF_THE_FIRST = re.compile("new_.*")
-_IN_PLACE = re.compile(".*[^_]_|__i.*__|__setitem__")
+_KIND_OF_THE_FIRST = re.compile("new_.*|.*_like")
+_IN_PLACE = re.compile(".*[^_]_|__i(?!nvert)[a-z]+__|__setitem__|__set__")
 
 
 class Trace:
@@ -64,11 +78,15 @@ class Trace:
     def __init__(self, weights: dict[nn.Module, Tensor]) -> None:
         self.spatial_dims = {layer: weight.ndim - 2 for layer, weight in weights.items()}
         alive = {layer: _alive(layer, weight) for layer, weight in weights.items()}
+        self.weights = {layer: layer._parameters.get("weight") for layer in weights}
         self.reads = {layer: reads for layer, (reads, _) in alive.items()}
         self.computes = {layer: computes for layer, (_, computes) in alive.items()}
         self.real: dict[nn.Module, list[Tensor]] = {}  # outputs by use
-        self.positions: dict[nn.Module, int] = {}
+        self.positions: Mapping[nn.Module, float] = {}
         self.unread: dict[nn.Module, Tensor] = {}
+        self.counted: dict[nn.Module, int] = {}  # of one call, as the next two
+        self.outputs: list[tuple[nn.Module, Tensor]] = []
+        self.read: list[Tensor] = []
         self.blind = False  # something was read where neither autograd nor the watch looks
         self.watch = _Watch(self)
 
@@ -100,14 +118,14 @@ class Trace:
             if self.blind and not self.positions:
                 self._call(model, args, kwargs)  # as it is; what is wrong with the inputs is raised
                 self.positions = self.counted
-        self.positions = {m: n // self.batch for m, n in self.positions.items()}
+        self.positions = {m: n / self.batch for m, n in self.positions.items()}
         if self.blind:
             self.unread = {}
+        self.real, self.outputs, self.read = {}, [], []
+        del self.watch  # and what it holds, without waiting for the garbage collector
 
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.counted: dict[nn.Module, int] = {}
-        self.outputs: list[tuple[nn.Module, Tensor]] = []
-        self.read: list[Tensor] = []
+        self.counted, self.outputs, self.read = {}, [], []
         self.watch.begin()
         result = model(*args, **kwargs)
         if self.outputs and self._unit_dim(*self.outputs[0]) == 0:
@@ -120,7 +138,7 @@ class Trace:
         self._add_read(result)
         # A backward pass that recomputes calls the hooks again; what they note then is dropped.
         outputs, read, positions = self.outputs, self.read, self.counted
-        self.outputs, self.read, self.counted = [], [], {}
+        self.counted, self.outputs, self.read = {}, [], []
         if not self.real:
             for layer, leaf in outputs:
                 self.real.setdefault(layer, []).append(leaf.detach())
@@ -130,9 +148,9 @@ class Trace:
             return
         total = torch.stack([part.to(read[0]) for part in read]).sum()
         _pass_where_flat(total)
-        with self.watch:
-            gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-        self.positions = positions
+        # What is computed again here, the watch does not see: if it took part, torch raises.
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        self.positions = self.positions or positions  # of the real values
         for (layer, leaf), gradient in zip(outputs, gradients, strict=True):
             unit_dim = self._unit_dim(layer, leaf)
             others = [dim for dim in range(leaf.ndim) if dim != unit_dim]
@@ -160,11 +178,16 @@ class Trace:
         if self.blind:
             self.outputs.append((layer, output))
             return output
+        reads = self.reads[layer]
+        weight = layer._parameters.get("weight")
+        if weight is not self.weights[layer] and isinstance(weight, Tensor):  # functional_call
+            self._add_read([weight] if weight.requires_grad else [])
+            reads = reads | _alive(layer, weight.detach())[0]
         shape = [1] * x.ndim
         shape[unit_dim] = -1
         live = self.watch.followed(x)
         if live.requires_grad:
-            self._add_read(live * self.reads[layer].view(shape))
+            self._add_read(live * reads.view(shape))
         leaf = self._leaf(layer, output.detach())
         self.outputs.append((layer, leaf))
         return leaf.clone()  # an in-place activation may follow
@@ -186,7 +209,7 @@ class Trace:
 
     def _add_read(self, value: Any) -> None:
         if isinstance(value, Tensor) and not value.requires_grad:
-            value = self.watch.sources(value) or value
+            value = [*self.watch.sources(value).values()] or value
         if isinstance(value, Tensor) and value.requires_grad:
             value = torch.view_as_real(value) if value.is_complex() else value
             self.read.append((value * self._random(value)).sum())
@@ -208,11 +231,13 @@ class Trace:
 class _Watch(TorchFunctionMode):
     """Follows what autograd does not, while a model runs.
 
-    Of a tensor without grad that was computed from followed ones (detached, compared, an argmax,
-    anything under no_grad) these are the sources. Where something with grad is computed from it,
-    the gradient goes on to the sources too (`_Also`), unit by unit where shapes allow. Otherwise,
-    and where a number or an array is made of it, its sources count as read.
+    Where something without grad is computed from followed tensors, element by element (detached,
+    compared, rounded), these are its sources; and where something with grad is computed from it,
+    again element by element, the gradient goes on to the sources too (`_Also`). In all other cases
+    the sources count as read.
     """
+
+    MANY = 8  # sources are not followed further
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -222,7 +247,9 @@ class _Watch(TorchFunctionMode):
     def begin(self) -> None:
         """Forget all sources."""
         self.paused = False
-        self._sources: dict[int, tuple[Tensor, list[Tensor]]] = {}  # with what has that id
+        # By the id of a tensor, with it: its sources by their ids, as they were then.
+        self._sources: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+        self._aliases: dict[int, Tensor] = {}  # by id: what writes to another tensor unseen
 
     def pause(self, *_: Any) -> None:
         """Look away: a layer computes, whose readers are known."""
@@ -232,13 +259,13 @@ class _Watch(TorchFunctionMode):
         """Look again."""
         self.paused = False
 
-    def sources(self, x: Tensor) -> list[Tensor]:
+    def sources(self, x: Tensor) -> dict[int, Tensor]:
         """Return what a tensor without grad was computed from."""
-        return self._sources.get(id(x), (x, []))[1]
+        return self._sources.get(id(x), (x, {}))[1]
 
     def followed(self, x: Tensor) -> Tensor:
         """Return `x`, with a gradient for its sources; what that cannot reach counts as read."""
-        return x if x.requires_grad else self._with(x, self.sources(x))
+        return x if x.requires_grad else self._with(x, self.sources(x).values())
 
     def _with(self, x: Tensor, sources: Iterable[Tensor]) -> Tensor:
         for source in sources:
@@ -249,9 +276,9 @@ class _Watch(TorchFunctionMode):
                 self._count([source])
         return x
 
-    def _count(self, sources: list[Tensor]) -> None:
+    def _count(self, sources: Iterable[Tensor]) -> None:
         with torch.enable_grad():
-            self.trace._add_read(sources)
+            self.trace._add_read([*sources])
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -262,24 +289,64 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         given = args[:1] if _KIND_OF_THE_SECOND.fullmatch(name) else [*args, kwargs]
         given = [*_tensors(given[1:] if _KIND_OF_THE_FIRST.fullmatch(name) else given)]
-        hidden = {id(s): s for x in given if not x.requires_grad for s in self.sources(x)}
-        sources = {id(x): x for x in given if x.requires_grad} | hidden
-        if name in _NUMBERS or name == "detach_":
-            self._count([*sources.values()])
-            sources = {}
+        hidden: dict[int, Tensor] = {}
+        for x in given:
+            hidden |= {} if x.requires_grad else self.sources(x)
+        seen = {id(x): x for x in given if x.requires_grad}
+        if _IN_PLACE.fullmatch(name):
+            return self._written(func, name, args, kwargs, seen, hidden)
         result = func(*args, **kwargs)
-        if not sources:
+        if func == _DATA or name == "detach":
+            self._aliases[id(result)] = result
+        if not seen and not hidden:
             return result
-        results = [args[0]] if name == "__setitem__" else [*_tensors([result])]
-        for x in results:
-            if not x.requires_grad:
-                before = {id(s): s for s in self.sources(x)}
-                self._sources[id(x)] = x, [*(before | sources).values()]
-        if hidden and any(x.requires_grad for x in results):
-            if isinstance(result, Tensor) and not _IN_PLACE.fullmatch(name):
+        elementwise = isinstance(result, Tensor) and (name in _ELEMENTWISE or func == _DATA)
+        results = [*_tensors([result])]
+        if any(x.requires_grad for x in results):
+            if elementwise:
                 return self._with(result, hidden.values())
-            self._count([*hidden.values()])
+            self._count(hidden.values())
+            for x in results:  # an argmax beside a maximum
+                if not x.requires_grad:
+                    # Flat, for the elements of one are not those of the other.
+                    self._follow(x, {i: source.flatten() for i, source in seen.items()})
+        elif elementwise and all(_fits(x, result) for x in (*seen.values(), *hidden.values())):
+            self._follow(result, hidden | seen)
+        elif results or name in _NUMBERS:
+            self._count([*seen.values(), *hidden.values()])
         return result
+
+    def _follow(self, x: Tensor, sources: dict[int, Tensor]) -> None:
+        if len(sources) > self.MANY:
+            self._count(sources.values())
+            return
+        with torch.enable_grad():  # copies, for the sources may be written to
+            self._sources[id(x)] = x, {i: source.clone() for i, source in sources.items()}
+
+    def _written(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        seen: dict[int, Tensor],
+        hidden: dict[int, Tensor],
+    ) -> Any:
+        """Call a function that writes to its first argument."""
+        target = args[0]
+        hidden.pop(id(target), None)  # it is what it was, but where it is written to
+        self._count(hidden.values())
+        if name == "detach_":
+            self._count(seen.values())
+        others = [x for x in seen.values() if x is not target]
+        result = func(*args, **kwargs)
+        lost = name == "__set__" or id(target) in self._aliases
+        if lost or not torch.is_grad_enabled() or not target.requires_grad:
+            self._count(others)
+        return result
+
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def _fits(source: Tensor, result: Tensor) -> bool:
@@ -294,10 +361,15 @@ class _Also(torch.autograd.Function):
     In part, for z + (q - z).detach() must not become q alone.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = source.shape, source.dtype
-        return x.view_as(x)
+    def forward(x: Tensor, source: Tensor) -> Tensor:
+        return x.clone()  # no view, which could not be written to
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.shape, ctx.dtype = inputs[1].shape, inputs[1].dtype
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,12 +380,14 @@ _PART = 0.37
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors in lists, tuples and dicts."""
+    """Yield the tensors in lists, tuples, dicts and slices."""
     for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple, dict)):
             yield from _tensors(value)
+        elif isinstance(value, slice):
+            yield from _tensors((value.start, value.stop, value.step))
 
 
 def _pass_where_flat(total: Tensor) -> None:

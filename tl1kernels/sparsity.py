@@ -213,11 +213,9 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 
     For reading weights too: in training mode a spectral norm takes a step when it is read.
     """
-    before = [
-        (m, {k: v for k, v in vars(m).items() if k == "training" or isinstance(v, Tensor)})
-        for m in model.modules()
-    ]
-    buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    modes = [(m, m.training) for m in model.modules()]
+    ours = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in ours]
     try:
         model.eval()
         # Graphs that torch.compile made before would run without the hooks.
@@ -226,33 +224,32 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            buffers = _replace_buffers(model)
+            _replace_buffers(ours)
             for module in model.modules():
                 for hook in module._forward_pre_hooks.values():
                     if isinstance(hook, _COMPUTES_AN_ATTRIBUTE):
                         hook(module, ())
             yield
     finally:
-        for module, attributes in before:
-            vars(module).update(attributes)
-        for module, own in buffers:
-            module._buffers.update(own)
+        for module, own, buffers in attributes:
+            vars(module).clear()
+            vars(module).update(own)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for module, training in modes:
+            module.training = training
 
 
-def _replace_buffers(model: nn.Module) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
-    """Give a model copies of its buffers, which its forward may write to; return its own."""
-    own, copies = [], dict[Tensor, Tensor]()
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # whose buffers are not Python's
-        own.append((module, dict(module._buffers)))
+def _replace_buffers(modules: Iterable[nn.Module]) -> None:
+    """Give modules copies of their buffers, for a forward may write to them."""
+    copies: dict[Tensor, Tensor] = {}
+    for module in modules:
         for name, buffer in module._buffers.items():
             if buffer is None or is_lazy(buffer):
                 continue
             if buffer not in copies:
                 copies[buffer] = buffer.clone()
             module._buffers[name] = copies[buffer]
-    return own
 
 
 def _parameters(model: nn.Module) -> tuple[int, int]:
@@ -295,8 +292,8 @@ def _layer(name: str, module: nn.Module, weight: Tensor, trace: Trace) -> LayerS
         kind=type(module).__name__,
         weights=weight.numel(),
         weights_left=left,
-        flops=None if positions is None else 2 * weight.numel() * positions,
-        flops_left=None if positions is None else 2 * left * positions,
+        flops=None if positions is None else round(2 * weight.numel() * positions),
+        flops_left=None if positions is None else round(2 * left * positions),
         inputs=reads.numel(),
         inputs_removed=int((~reads).sum()),
         neurons=computes.numel(),
