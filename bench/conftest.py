@@ -89,7 +89,9 @@ class Report:
             "copy_gb_per_s": self.copy / 1e9,
             "results": [r for r in self.before if (r["case"], r["peer"]) not in known] + new,
         }
-        self.path.write_text(json.dumps(report, indent=2) + "\n")
+        draft = self.path.with_suffix(".part")  # whole or not at all
+        draft.write_text(json.dumps(report, indent=2) + "\n")
+        draft.replace(self.path)
 
 
 def keep(request, case, peer, ratio, bound, n_bytes):

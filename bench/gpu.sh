@@ -13,6 +13,7 @@ export OMP_NUM_THREADS=2  # some thirty processes run side by side
 mkdir -p "$OUT"
 LOGS=$(mktemp -d)
 export LOGS
+trap 'rm -rf "$LOGS"' EXIT
 failed=()
 set -m  # so that what runs beside it hears SIGINT, of which pytest tells what has failed so far
 declare -A began limits parts

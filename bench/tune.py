@@ -256,11 +256,11 @@ def main(arguments: list[str] | None = None) -> int:
             failed: list[str] = []
             try:
                 rows = timed(case, given.device, copy, given.rounds, failed)
-            except RuntimeError as error:
-                failed, rows = [f"{case.name}: {error}"], []
+            except RuntimeError as error:  # the committed step's
+                failed, rows = [f"{COMMITTED}: {error}"], []
             for what in failed:
-                any_failed = True
                 print(f"  FAILED: {what}", flush=True)
+            any_failed = any_failed or bool(failed)
             for row in sorted(rows, key=lambda row: row["ms"]):
                 print(
                     f"  {row['variant']:36} {row['ms']:9.4f} ms {row['of_copy']:6.1%} of the copy"

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import SimpleNamespace
 
@@ -107,6 +108,12 @@ def test_what_is_no_name_is_refused_as_an_unknown_name_is(name):
         tk.use_backend(name)
     with pytest.raises(ValueError, match=message):
         tk.prox(torch.ones(2), 0.1, backend=name)
+
+
+def test_use_backend_is_of_its_thread_alone():
+    with tk.use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        assert backends.asked_for() == "reference"
+        assert pool.submit(backends.asked_for).result() is None
 
 
 def test_unknown_name_in_the_environment(monkeypatch):

@@ -203,6 +203,15 @@ def test_a_model_that_takes_gradients_is_judged_by_ingoing_weights(kind):
     assert left.flops == 2 * (6 * 8 + model.b.weight.numel())
 
 
+class Numbered(TwoLayers):
+    def forward(self, x):
+        return super().forward(x), torch.arange(len(x))
+
+
+def test_with_an_output_that_no_unit_reaches_ingoing_weights_decide():
+    assert removed(Numbered(torch.relu, dead=(0, 1))) == 0
+
+
 def test_a_complex_output_is_followed():
     assert removed(nn.Sequential(TwoLayers(torch.relu, dead=(1,)), Spectrum())) == 1
 

@@ -309,19 +309,19 @@ class _Watch(TorchFunctionMode):
             for x in results:  # an argmax beside a maximum
                 if not x.requires_grad:
                     # Flat, for the elements of one are not those of the other.
-                    self._follow(x, {i: source.flatten() for i, source in seen.items()})
+                    self._follow(x, {i: source.flatten() for i, source in seen.items()}, {})
         elif elementwise and all(_fits(x, result) for x in (*seen.values(), *hidden.values())):
-            self._follow(result, hidden | seen)
+            self._follow(result, seen, hidden)
         elif results or name in _NUMBERS:
             self._count([*seen.values(), *hidden.values()])
         return result
 
-    def _follow(self, x: Tensor, sources: dict[int, Tensor]) -> None:
-        if len(sources) > self.MANY:
-            self._count(sources.values())
+    def _follow(self, x: Tensor, seen: dict[int, Tensor], hidden: dict[int, Tensor]) -> None:
+        if len(seen) + len(hidden) > self.MANY:
+            self._count([*seen.values(), *hidden.values()])
             return
-        with torch.enable_grad():  # copies, for the sources may be written to
-            self._sources[id(x)] = x, {i: source.clone() for i, source in sources.items()}
+        with torch.enable_grad():  # copies, for what is seen may be written to
+            self._sources[id(x)] = x, hidden | {i: source.clone() for i, source in seen.items()}
 
     def _written(
         self,

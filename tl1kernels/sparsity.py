@@ -152,11 +152,11 @@ def sparsity(model: nn.Module, example_inputs: Any = None) -> Sparsity:
             batch dim first, or one example without it: a vector for a linear layer, (channels,
             *positions) for a convolution. With it FLOPs are counted (a convolution's by its
             output size), and a neuron whose readers have only zeros for it counts as removed.
-            Where readers cannot be followed (a layer run without grad, an output that is no
-            tensor, gradients taken inside), ingoing weights alone decide. What leaves autograd
-            is followed (`detach`, comparisons, numbers), but not inside torch.jit's functions or
-            vmap, nor into a Parameter made of it. Give several examples to a network that takes
-            maxima over units: one that loses each of them counts as unread.
+            Where readers cannot be followed (a layer run without grad, an output that no unit
+            is seen to reach, gradients taken inside), ingoing weights alone decide. What leaves
+            autograd is followed (`detach`, comparisons, numbers), but not inside torch.jit's
+            functions or vmap, nor into a Parameter made of it. Give several examples to a network
+            that takes maxima over units: one that loses each of them counts as unread.
 
     Returns:
         A `Sparsity`. A shared layer is counted once, its FLOPs per use. A layer whose weight is

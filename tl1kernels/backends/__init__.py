@@ -44,8 +44,7 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
     """Run every step and prox inside the `with` block on one backend; None chooses by device.
 
     It comes before the environment variable TL1KERNELS_BACKEND, and after a `backend=` argument.
-    Other threads do not notice (autograd's, where hooks step on a GPU, are such); the variable is
-    for all.
+    Other threads do not notice; the variable is for all.
 
     Raises:
         ValueError: no backend has that name.
