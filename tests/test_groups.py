@@ -116,6 +116,18 @@ def test_parameters_in_place_of_a_model_are_refused():
         tk.param_groups(list(nn.Linear(3, 2).parameters()), lam=0.1)
 
 
+def test_a_model_that_has_no_weights_yet_is_refused():
+    """Else its weights, when they come, would be left alone in silence."""
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"0\.weight is an UninitializedParameter: run the model"):
+        tk.param_groups(model, lam=1.0)
+    model(torch.ones(1, 3))
+    assert [group["name"] for group in tk.param_groups(model, lam=1.0)][:2] == [
+        "0.weight",
+        "2.weight",
+    ]
+
+
 def test_convolutions_with_groups_refuse_an_index_that_stands_for_several_neurons():
     transposed = nn.ConvTranspose2d(4, 4, 3, groups=2)
     assert tk.param_groups(transposed, lam=0.1)[0]["group_by"] == 0

@@ -10,7 +10,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import library as torch_library
 
 import tl1kernels as tk
 from tl1kernels.backends import triton_launch, triton_schedule
@@ -229,66 +228,6 @@ def test_rows_too_long_for_the_distances_within_a_tile_are_rejected(monkeypatch)
     tk.prox(v, 0.5, lam=1.0, group_by=0, backend="triton")
     with pytest.raises(RuntimeError, match="groups down rows of 10 weights, more than 9"):
         tk.prox(v, 0.5, lam=1.0, group_by=1, backend="triton")
-
-
-# --- The op.
-
-
-def op_arguments(rule="adam"):
-    n = {"assign": 0, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}[rule]
-    scalars = {"lr": 0.5, "beta1": 0.9, "beta2": 0.99, "elementwise": 0.1, "group": 0.1, "a": 1.0}
-    row = [scalars.get(name, 0.0) for name in triton_launch.maths().SCALARS]
-    return (
-        [torch.ones(2, 3, device=DEVICE)],
-        [torch.ones(2, 3, device=DEVICE)],
-        [torch.rand(2, 3, device=DEVICE) for _ in range(n)],
-        [torch.tensor(3.0)] if rule.startswith("adam") else [],
-        torch.tensor([[1, 2, 3, 1, 1]]),
-        torch.tensor([row], dtype=torch.float64),
-        rule,
-        "tl1",
-        False,
-        False,
-        False,
-    )
-
-
-@runs
-@pytest.mark.parametrize("rule", ["assign", "sgd", "sgd_momentum", "adam", "adam_amsgrad"])
-def test_opcheck(rule):
-    arguments = op_arguments(rule)
-    torch_library.opcheck(torch.ops.tl1kernels.triton_step_.default, arguments)
-
-
-@runs
-def test_in_a_compiled_function_without_a_graph_break():
-    def function(p, g, views, scalars):
-        torch.ops.tl1kernels.triton_step_(
-            [p], [g], [], [], views, scalars, "sgd", "tl1", False, False, False
-        )
-        return p * 2
-
-    params, grads, _, _, views, scalars, *_ = op_arguments("sgd")
-    args = [params[0], grads[0], views, scalars]
-    want = function(*(x.clone() for x in args))
-    got = torch.compile(function, fullgraph=True, backend="aot_eager")(*args)
-    assert torch.equal(got, want)
-    assert not torch.equal(want, torch.full_like(want, 2.0))
-
-
-@runs
-@pytest.mark.parametrize(("flag", "want"), [(None, -0.2), (8, 0.8), (9, -0.83)])
-def test_the_op_takes_each_variant_of_a_rule(flag, want):
-    """Momentum's alone, with maximize, and with nesterov: g = 1 + 0.5, buffer 0.9 + g."""
-    arguments = list(op_arguments("sgd_momentum"))
-    arguments[2] = [torch.ones(2, 3, device=DEVICE)]
-    scalars = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.5, "a": 1.0}
-    row = [scalars.get(name, 0.0) for name in triton_launch.maths().SCALARS]
-    arguments[5] = torch.tensor([row], dtype=torch.float64)
-    if flag is not None:
-        arguments[flag] = True
-    torch.ops.tl1kernels.triton_step_(*arguments)
-    torch.testing.assert_close(arguments[0][0], torch.full((2, 3), want, device=DEVICE))
 
 
 @pytest.mark.parametrize("shape", [(130, 16, 3, 3), (130, 6, 2, 2)])

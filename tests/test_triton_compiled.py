@@ -22,7 +22,7 @@ from bench import triton_sass
 from bench.sass import SLOTS_PER_BYTE, STATES
 from bench.triton_sass import TARGETS, TILES
 
-PENALTIES = triton_launch.rows()
+PENALTIES = triton_launch.penalty_rows()
 
 BINARY = {"cuda": "cubin", "hip": "hsaco"}
 

@@ -7,8 +7,9 @@ between two steps is a number in `Entry`, never a variant of code. lam = 0 is a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,36 +20,65 @@ from tl1kernels.penalties import Terms
 from tl1kernels.views import GroupView, is_laid_out_like, laid_out_like
 
 
+class Rule:
+    """An update rule's variant: what selects code. Here is what most variants have.
+
+    Attributes:
+        counters: names of the state tensors that are 0-d.
+        maximize: whether the gradient's sign is turned.
+        nesterov: SGD's variant of momentum.
+        decoupled: AdamW's weight decay.
+        capturable: whether counters lie on the parameter's device.
+    """
+
+    counters: tuple[str, ...] = ()
+    maximize: bool = False
+    nesterov: bool = False
+    decoupled: bool = False
+    capturable: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name by which kernels know the rule; the rest of its variant is numbers."""
+        raise NotImplementedError
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the state tensors shaped like the parameter."""
+        return ()
+
+
 @dataclass(frozen=True)
-class Assign:
+class Assign(Rule):
     """v = source: no update rule, only the prox of another tensor (or of the same one).
 
     Scalars: lr, the step size of the prox.
     """
 
-    state = ()
-    counters = ()
-    capturable = False
+    @property
+    def name(self) -> str:  # noqa: D102
+        return "assign"
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Rule):
     """torch.optim.SGD's rule. Scalars: lr, momentum, dampening, weight_decay."""
 
     momentum: bool = False
     nesterov: bool = False
     maximize: bool = False
-    counters = ()
-    capturable = False
 
     @property
-    def state(self) -> tuple[str, ...]:
-        """Names of the state tensors shaped like the parameter."""
+    def name(self) -> str:  # noqa: D102
+        return "sgd_momentum" if self.momentum else "sgd"
+
+    @property
+    def state(self) -> tuple[str, ...]:  # noqa: D102
         return ("momentum_buffer",) if self.momentum else ()
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Rule):
     """torch.optim.Adam's rule, and AdamW's where `decoupled`.
 
     Scalars: lr, beta1, beta2, eps, weight_decay. The counter `step`, a 0-d float tensor, counts
@@ -63,15 +93,13 @@ class Adam:
     counters = ("step",)
 
     @property
-    def state(self) -> tuple[str, ...]:
-        """Names of the state tensors shaped like the parameter."""
+    def name(self) -> str:  # noqa: D102
+        return "adam_amsgrad" if self.amsgrad else "adam"
+
+    @property
+    def state(self) -> tuple[str, ...]:  # noqa: D102
         names = ("exp_avg", "exp_avg_sq")
         return (*names, "max_exp_avg_sq") if self.amsgrad else names
-
-
-Rule = Assign | SGD | Adam
-"""An update rule's variant: what selects code. `state` names its tensors shaped like the
-parameter, `counters` its 0-d ones."""
 
 
 @dataclass
@@ -172,6 +200,34 @@ def gradients(batch: Batch) -> list[Tensor]:
     return grads
 
 
+def tensors(batch: Batch) -> dict[str, list[Tensor]]:
+    """Return the tensors of a step besides gradients, by what they are to it.
+
+    `params` and, where there are any, `copies`: one of each entry. `state` and `counters`: the
+    first entry's in the order of the rule's names, then the second's, ... `written`: all that the
+    step writes to.
+    """
+    entries, rule = batch.entries, batch.rule
+    of = {
+        "params": [entry.param for entry in entries],
+        "copies": [entry.copy for entry in entries if entry.copy is not None],
+        "state": [entry.state[name] for entry in entries for name in rule.state],
+        "counters": [entry.state[name] for entry in entries for name in rule.counters],
+    }
+    return {**of, "written": [*chain(*of.values())]}
+
+
+def unknown_to(
+    batch: Batch, device_types: Collection[str], penalties: Collection[str]
+) -> str | None:
+    """Return what a backend with kernels for these has none for; None if there is nothing."""
+    if batch.device.type not in device_types:
+        return f"it has no kernels for {batch.device.type}"
+    if batch.penalty is not None and batch.penalty not in penalties:
+        return f"it has no penalty {batch.penalty!r}"
+    return None
+
+
 def needs_torch(batch: Batch) -> str | None:
     """Return what no kernel can do with a batch, only torch; None if there is nothing."""
     for entry, grad in zip(batch.entries, batch.grads, strict=True):
@@ -208,15 +264,6 @@ def scalar_table(batch: Batch, names: Sequence[str]) -> Tensor:
         rows.append([0.0 if isinstance(value, Tensor) else value for value in there])
     # NumPy takes a quarter of the time that torch does for so little.
     return torch.from_numpy(np.array(rows, np.float64)[batch.tables["places"]])
-
-
-def rule_name(rule: Rule) -> str:
-    """Return the name by which the kernels know a rule; the rest of its variant is numbers."""
-    if isinstance(rule, Assign):
-        return "assign"
-    if isinstance(rule, SGD):
-        return "sgd_momentum" if rule.momentum else "sgd"
-    return "adam_amsgrad" if rule.amsgrad else "adam"
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Steps and proximal steps inside torch.compile: one op each, which runs as it does outside.
 
-A step's op knows the optimizer by a number, and the options are read when it runs: no schedule of
+A step's op knows the optimizer by a key, and the options are read when it runs: no schedule of
 lr or lam recompiles anything, and the graph has no break.
 """
 
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from torch import library as torch_library
 
-_numbers = itertools.count()
+_keys = itertools.count()
 _optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def register(optimizer: Any) -> int:
-    """Return a number by which the op finds the optimizer while that lives."""
-    number = next(_numbers)
-    _optimizers[number] = optimizer
-    return number
+    """Return a key by which the op finds the optimizer while that lives."""
+    key = next(_keys)
+    _optimizers[key] = optimizer
+    return key
 
 
-def step(number: int, param_groups: Sequence[dict[str, Any]]) -> None:
+def step(key: int, param_groups: Sequence[dict[str, Any]]) -> None:
     """Put a step on all parameters with gradients into the graph; torch.compile traces this."""
     params, grads, places = [], [], []
     place = 0
@@ -38,11 +38,11 @@ def step(number: int, param_groups: Sequence[dict[str, Any]]) -> None:
                 places.append(place)
             place += 1
     if params:
-        torch.ops.tl1kernels.optimizer_step_(params, grads, places, number)
+        torch.ops.tl1kernels.optimizer_step_(params, grads, places, key)
 
 
-def _run(params: list[Tensor], grads: list[Tensor], places: list[int], number: int) -> None:
-    optimizer = _optimizers[number]
+def _run(params: list[Tensor], grads: list[Tensor], places: list[int], key: int) -> None:
+    optimizer = _optimizers[key]
     given = set(places)
     everyone: list[Tensor] = []
     of_groups = []
@@ -79,4 +79,4 @@ def define(schema: str, run: Callable[..., None]) -> None:
     torch_library.register_fake(f"tl1kernels::{name}", lambda *_: None)
 
 
-define("optimizer_step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int number) -> ()", _run)
+define("optimizer_step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int key) -> ()", _run)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl1kernels import compiled, plan
 from tl1kernels.batch import Assign, Entry, Numbers
 from tl1kernels.penalties import PENALTIES, Options, Regularizer, number_or_tensor
 from tl1kernels.views import GroupBy, view_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def prox(
@@ -40,7 +38,7 @@ def prox(
 
     Args:
         v: any shape; float32, float64, bfloat16 or float16.
-        step: step size eta >= 0.
+        step: step size eta >= 0, finite; any, and without effect, where lam = 0.
         lam: weight of the regularizer, >= 0.
         penalty: elementwise penalty rho, a name of `PENALTIES`, or None for groups alone. Where
             `PENALTIES` says that it couples a group's weights, its own step takes the place of the
@@ -53,7 +51,7 @@ def prox(
             (dims 0 and 1), "layer" (all of `v`), an int dim, "auto" ("in" for matrices, "out"
             for more dims), or None for no groups.
         group_weight: None for c_g = 1, "sqrt" for the square root of the group's size.
-        backend: a name of `tl1kernels.info()`; None for the preferred one of the device.
+        backend: a name of `tl1kernels.info().backends`; None for the preferred one of the device.
         out: where to write the result: shape, dtype and device of `v`, dense. May be `v`.
 
     Returns:
@@ -61,7 +59,8 @@ def prox(
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
-        RuntimeError: the named backend cannot run.
+        RuntimeError: the named backend cannot run, or cannot do this; `out` requires grad outside
+            `torch.no_grad`, or is an inference tensor outside `torch.inference_mode`.
     """
     options = {"lam": lam, "penalty": penalty, "a": a, "mu": mu}
     options |= {"group_by": group_by, "group_weight": group_weight}
@@ -178,7 +177,8 @@ def penalty_value(
 ) -> Tensor:
     """Return the regularizer's value: lam * (mu sum rho_a(w_i) + (1 - mu) sum c_g ||w_g||_2).
 
-    Arguments and errors are those of `prox`; `w` may have any strides.
+    lam to `group_weight`, and errors, are those of `prox`; `w` may have any strides. No step bounds
+    `a` here: "scad" needs a > 1.
 
     Returns:
         A 0-d float64 tensor on w's device, differentiable with respect to `w` (almost everywhere:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tl1kernels.penalties import PENALTIES, Regularizer, number
@@ -14,8 +15,8 @@ from tl1kernels.views import GroupBy, view_of
 
 # Modules whose weight may be a matrix and is not a layer's: scales by position, rows by token.
 _EXEMPT = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def param_groups(
@@ -45,7 +46,8 @@ def param_groups(
         mu_l = mu_min + (1 - 2 mu_min) * l / (L - 1),   l = 0..L-1
 
     so that group sparsity leads in the lower layers and single weights in the upper ones
-    (Yoon & Hwang 2017; Ma et al. 2019, section 3). One layer alone gets 1/2.
+    (Yoon & Hwang 2017; Ma et al. 2019, section 3). One layer alone gets 1/2. "l1_minus_l2", which
+    needs no group term beside it, keeps mu = 1.
 
     Args:
         model: the network.
@@ -59,7 +61,8 @@ def param_groups(
         Dicts for `ProxSGD`, `ProxAdam` or `ProxAdamW`; `name` says which weight a group holds.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is allowed.
+        TypeError, ValueError: naming the argument, its value and what is allowed; also where a
+            module is lazy and has no weights yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -89,10 +92,10 @@ def _neurons(module: nn.Module, group_by: GroupBy) -> GroupBy:
     A transposed convolution's weight is (in, out, ...). With `groups`, the second dim of either
     kind counts within a group, and one index stands for several neurons: refused.
     """
-    divided = isinstance(module, _CONVOLUTIONS) and module.groups != 1
+    divided = isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and module.groups != 1
     refused: tuple[GroupBy, ...] = ("in", "in_spatial") if divided else ()
     dims: dict[GroupBy, GroupBy] = {}
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, TRANSPOSED):
         refused = ("out", "in_spatial") if divided else ("in_spatial",)
         dims = {"auto": 0 if divided else 1, "out": 1, "in": 0}
     if group_by in refused:
@@ -129,6 +132,12 @@ def _weights(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Tensor]], lis
                 continue
             seen.add(parameter)
             full_name = f"{path}.{name}".lstrip(".")
+            if is_lazy(parameter):  # it has no dims yet, by which to know a weight
+                kind = type(parameter).__name__
+                raise ValueError(
+                    f"model must have its weights, but {full_name} is an {kind}: run the model "
+                    "once, model(example), before param_groups"
+                )
             if is_flat_piece(parameter):
                 rest.append(parameter)
                 computed.append(full_name)

@@ -18,7 +18,7 @@ class Info:
 
     Attributes:
         versions: of this package, Python and torch.
-        devices: device types that torch can use here.
+        devices: "cpu", and "cuda" if torch can use it -> what it is.
         backends: name -> "available", or why not.
         runs_on: device type -> backend of a step, or what is wrong with what was asked for.
         native: the library of csrc: how it was built, or why it was not.

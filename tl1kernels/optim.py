@@ -30,7 +30,7 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
         a: shape of the penalty, > 0; None for the penalty's own.
         mu: weight of the penalty's term, in [0, 1]; 1 - mu is the groups'. None: 1 without
             groups, 0 without a penalty, 1/2 with both (1 for "l1_minus_l2").
-        group_by: which weights form a group, as in `prox`; None for no groups.
+        group_by: which weights form a group, as in `prox`; "auto" unless given, None for no groups.
         group_weight: None, or "sqrt" to weigh a group by the square root of its size.
         min_ndim: tensors of fewer dims stay unregularized: 2 spares biases and norm scales. In
             a param group with a `lam` of its own, not the optimizer's, the default is 0: the group
@@ -52,6 +52,8 @@ _DOC = """torch.optim.{base} with a proximal step: connections and neurons becom
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed. Nothing is
             changed then, neither by the constructor nor by `step`.
+        RuntimeError: `step`, where a backend asked for by name cannot take it, or a CUDA graph
+            captures what it cannot replay.
     """
 
 
@@ -97,8 +99,7 @@ class ProxAdam(Proximal, torch.optim.Adam):  # noqa: D101 (_described writes it)
     def _start(self, param: Tensor, rule: Rule) -> dict[str, float]:
         state = self.state[param]
         if "step" not in state:
-            device = param.device if rule.capturable else "cpu"
-            state["step"] = torch.zeros((), dtype=COUNTER, device=device)
+            state["step"] = torch.zeros((), dtype=COUNTER, device="cpu")
         for name in rule.state:
             if name not in state:
                 state[name] = _zeros_like(param)

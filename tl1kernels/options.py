@@ -71,7 +71,8 @@ def check_none_is_lost(names: Sequence[str], there: Sequence[str]) -> None:
 of_regularizer = itemgetter(*REGULARIZER)
 
 
-# The options that choose batches and views, and are no numbers.
+# The options whose change needs a new plan: they choose batches and views. `differentiable` is one
+# so that it is refused if it is turned on.
 of_structure = itemgetter(
     *("penalty", "group_by", "min_ndim", "rounding", "master_weights", "differentiable")
 )

@@ -232,8 +232,9 @@ class Regularizer:
             raise ValueError(f"penalty must be None or one of {names}, got {reg.penalty!r}")
         if reg.a is not None and not 0 < reg.a < math.inf:
             raise ValueError(f"a must be None or finite and > 0, got {reg.a}")
-        if reg.penalty is not None and (problem := PENALTIES[reg.penalty].check(reg.shape, 0.0)):
-            raise ValueError(f"a={reg.shape}: {problem}")
+        check = PENALTIES[reg.penalty].check if reg.penalty is not None else None
+        if check and (problem := check(reg.a_or_default, 0.0)):
+            raise ValueError(f"a={reg.a_or_default}: {problem}")
         if reg.mu is not None and not 0 <= reg.mu <= 1:
             raise ValueError(f"mu must be None or in [0, 1], got {reg.mu}")
         check_group_by(reg.group_by)
@@ -262,10 +263,10 @@ class Regularizer:
         group = lam * (1 - mu) if view.grouped else 0.0
         if self.group_weight == "sqrt":
             group *= math.sqrt(view.group_size)
-        return Terms(elementwise, group, self.shape, scale)
+        return Terms(elementwise, group, self.a_or_default, scale)
 
     @property
-    def shape(self) -> float:
+    def a_or_default(self) -> float:
         """The penalty's shape: `a`, or the penalty's own; 1 where it has none."""
         default = PENALTIES[self.penalty].a if self.penalty else None
         return self.a if self.a is not None else 1.0 if default is None else default
@@ -279,9 +280,9 @@ class Regularizer:
             return
         if not 0 <= step < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {step}")
-        problem = PENALTIES[self.penalty].check(self.shape, step) if self.penalty else None
+        problem = PENALTIES[self.penalty].check(self.a_or_default, step) if self.penalty else None
         if problem:
-            raise ValueError(f"a={self.shape} with {name}={step}: {problem}")
+            raise ValueError(f"a={self.a_or_default} with {name}={step}: {problem}")
 
 
 REGULARIZER = tuple(field.name for field in fields(Regularizer))

@@ -152,7 +152,7 @@ _kind = attrgetter("dtype", "device", "shape")
 
 
 def _columns(tensors: Sequence[Tensor]) -> list[list[object]] | None:
-    """Return the same by attribute; None where some are sparse, or none at all."""
+    """Return the same by attribute; None where some are sparse, or no tensors."""
     if any(not isinstance(tensor, Tensor) or tensor.layout != torch.strided for tensor in tensors):
         return None
     return [
@@ -165,7 +165,12 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless `tensor` is a strided real floating-point tensor of a known dtype."""
+    """Raise unless `tensor` is a strided real floating-point tensor of a known dtype.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is not initialized.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):

@@ -37,9 +37,9 @@ class _PlannedGroup:
     """A param group's part of a step, and what that was made for."""
 
     rule: Rule
-    structure: tuple[Any, ...]  # the options that are no numbers
+    structure: tuple[Any, ...]  # the options whose change needs a new plan
     reg: Regularizer
-    regularizer: tuple[Any, ...]  # the options that it is of
+    reg_options: tuple[Any, ...]  # that it was made of
     numbers: dict[GroupView | None, Numbers]  # by view; None for tensors that are spared
     entries: list[Entry]
     params: list[Tensor]
@@ -111,7 +111,7 @@ class Proximal(torch.optim.Optimizer):
         self.defaults.update(self.__dict__.pop("_options", {}))
         with _unchanged_if_refused([param_group]):
             # Wrappers (ZeroRedundancyOptimizer) put the optimizer's own lam into every group.
-            if isinstance(param_group, dict) and _is_another(param_group, self.defaults, "lam"):
+            if isinstance(param_group, dict) and _sets_own_lam(param_group, self.defaults):
                 param_group.setdefault("min_ndim", 0)
             super().add_param_group(param_group)
             group = self.param_groups.pop()
@@ -127,7 +127,7 @@ class Proximal(torch.optim.Optimizer):
                 RuntimeWarning,
                 stacklevel=3,
             )
-        group["a"] = reg.shape if group["a"] is None else group["a"]
+        group["a"] = reg.a_or_default if group["a"] is None else group["a"]
         for name in ("lam", "a", "mu"):  # a NumPy scalar would keep a checkpoint from loading
             if group[name] is not None and not isinstance(group[name], Tensor):
                 group[name] = float(group[name])
@@ -266,8 +266,8 @@ class Proximal(torch.optim.Optimizer):
             rule, scalars = self._rule(group)
             if rule != there.rule or of_structure(group) != there.structure:
                 return False
-            if not unchanged(there.regularizer, of_regularizer(group)):
-                there.reg, there.regularizer = check_group(group), plain(of_regularizer(group))
+            if not unchanged(there.reg_options, of_regularizer(group)):
+                there.reg, there.reg_options = check_group(group), plain(of_regularizer(group))
                 for view, numbers in there.numbers.items():
                     if view is not None:
                         numbers.terms = there.reg.terms(view)
@@ -395,9 +395,9 @@ def _unchanged_if_refused(groups: Iterable[Any]) -> Iterator[None]:
         raise
 
 
-def _is_another(group: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> bool:
-    """Return whether a param group sets an option, and not to the default."""
-    own, default = group.get(name, defaults[name]), defaults[name]
+def _sets_own_lam(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Return whether a param group sets lam, and not to the default."""
+    own, default = group.get("lam", defaults["lam"]), defaults["lam"]
     return own is not default and (isinstance(own, Tensor) or own != default)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+from tl1kernels.groups import CONVOLUTIONS, TRANSPOSED
+
+LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 
 # Functions of one value, or a choice between values, that are flat in places or everywhere: by
 # their autograd nodes, "ReluBackward0" for one.
@@ -171,7 +171,7 @@ class Trace:
     def _replaced(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """Note what a layer reads and count its positions; return what stands for its output."""
         unit_dim = self._unit_dim(layer, x)
-        counted = x if isinstance(layer, _TRANSPOSED) else output
+        counted = x if isinstance(layer, TRANSPOSED) else output
         positions = math.prod(counted.shape[:unit_dim]) * math.prod(counted.shape[unit_dim + 1 :])
         self.counted[layer] = self.counted.get(layer, 0) + positions
         self.blind = self.blind or not torch.is_grad_enabled()
@@ -436,8 +436,8 @@ def _alive(layer: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return which input units have a nonzero weight, and which output units: two bool vectors."""
     # (out, in / groups, positions); for transposed convolutions (in, out / groups, positions)
     nonzero = weight.ne(0).unsqueeze(-1).flatten(2)
-    groups = layer.groups if isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)) else 1
+    groups = layer.groups if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) else 1
     parts = nonzero.any(2).chunk(groups, 0)
     first = torch.cat([part.any(1) for part in parts])
     second = torch.cat([part.any(0) for part in parts])
-    return (first, second) if isinstance(layer, _TRANSPOSED) else (second, first)
+    return (first, second) if isinstance(layer, TRANSPOSED) else (second, first)

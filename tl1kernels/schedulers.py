@@ -13,7 +13,7 @@ from tl1kernels.penalties import Regularizer, number
 SHAPES: Mapping[str, Callable[[float], float]] = {
     "constant": lambda x: float(x >= 1),
     "linear": lambda x: x,
-    "cubic": lambda x: 1 - (1 - x) ** 3,  # Zhu & Gupta 2017, eq. 1: fast, then slower and slower
+    "cubic": lambda x: 1 - (1 - x) ** 3,
 }
 """How far the way from the start to the group's own value has come after a share x of the steps."""
 
@@ -32,7 +32,8 @@ class LamScheduler(torch.optim.lr_scheduler.LRScheduler):
 
     Args:
         optimizer: one of this package's.
-        shape: "constant" (`start`, then the group's value), "linear", or "cubic".
+        shape: of the way, after a share x of `steps`: "constant" (`start`, then the group's value),
+            "linear", or "cubic", 1 - (1 - x)^3 of it (Zhu & Gupta 2017, eq. 1), fast at first.
         steps: how many steps the way takes, >= 1.
         option: what is led: "lam", "mu" or "a".
         start: the value at the beginning; None for 0, which is no value of "a".

@@ -90,7 +90,9 @@ def view_of(tensor: Tensor, group_by: GroupBy) -> GroupView:
             for matrices, "out" for three dims and more, None for fewer than two.
 
     Raises:
-        ValueError: the tensor is not dense, or lacks the dims that `group_by` names.
+        TypeError: `group_by` is none of these.
+        ValueError: there is no such name, the tensor is not dense, or it lacks the dims that
+            `group_by` names.
     """
     # torch.compile would warn that it looks into no cache.
     view = _view.__wrapped__ if torch.compiler.is_compiling() else _view

@@ -29,14 +29,11 @@ struct Prepared {
   TL1_ONCE static void put(TransformedL1<A>*, const Coefficients& c, void* at) {
     new (at) Transformed<A>(c);
   }
-#define TL1_PUT(Struct, which)                                                    \
-  TL1_ONCE static void put(Struct<A>*, const Coefficients& c, void* at) {         \
-    new (at) Others<A>(Others<A>::which, c);                                      \
+#define TL1_PUT(Struct)                                                   \
+  TL1_ONCE static void put(Struct<A>*, const Coefficients& c, void* at) { \
+    new (at) Others<A>(Others<A>::of_##Struct, c);                        \
   }
-  TL1_PUT(Pieces, pieces)
-  TL1_PUT(Log, log)
-  TL1_PUT(Half, half)
-  TL1_PUT(TwoThirds, two_thirds)
+  TL1_OTHERS(TL1_PUT)
 
   // The penalty's coefficients; without a weight, those with which it leaves all weights as they are.
   TL1_ONCE static void prox(int penalty, const Scalars& s, Common<A>& common, void* at) {

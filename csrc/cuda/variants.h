@@ -50,31 +50,29 @@ struct ForStored<Transformed<float>, Float16> {
   using type = TransformedShort<Tl1Short>;
 };
 
+// The structs of penalties.h that have no kernels of their own.
+#define TL1_OTHERS(row) row(Pieces) row(Log) row(Half) row(TwoThirds)
+
 // A penalty of single weights is chosen by every weight anew; memory hides that.
 template <class A>
 struct Others {
   static constexpr bool COUPLED = false, MANY = true;
-  enum Which { pieces, log, half, two_thirds } which;
-  union {
-    Pieces<A> as_pieces;
-    Log<A> as_log;
-    Half<A> as_half;
-    TwoThirds<A> as_two_thirds;
-  };
 
-  TL1_INLINE Others(Which which, const Coefficients& c) : which(which), as_pieces(c) {
-    if (which == log) new (&as_log) Log<A>(c);
-    if (which == half) new (&as_half) Half<A>(c);
-    if (which == two_thirds) new (&as_two_thirds) TwoThirds<A>(c);
+#define TL1_NAME(Struct) of_##Struct,
+  enum Which { TL1_OTHERS(TL1_NAME) } which;
+#define TL1_MEMBER(Struct) Struct<A> as_##Struct;
+  union { TL1_OTHERS(TL1_MEMBER) };
+
+  TL1_INLINE Others(Which which, const Coefficients& c) : which(which) {
+#define TL1_BEGIN(Struct) if (which == of_##Struct) new (&as_##Struct) Struct<A>(c);
+    TL1_OTHERS(TL1_BEGIN)
   }
 
   template <class Loop>
   TL1_INLINE void with_prox(Loop loop) const {
     switch (which) {
-      case pieces: return as_pieces.with_prox(loop);
-      case log: return as_log.with_prox(loop);
-      case half: return as_half.with_prox(loop);
-      case two_thirds: return as_two_thirds.with_prox(loop);
+#define TL1_CASE(Struct) case of_##Struct: return as_##Struct.with_prox(loop);
+      TL1_OTHERS(TL1_CASE)
     }
   }
 };

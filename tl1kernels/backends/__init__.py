@@ -5,7 +5,8 @@ A backend is a module with
     rejects(batch) -> str | None    why it cannot run this batch; None if it can
     penalties() -> frozenset[str]   the names of the penalties that it has
     run(batch) -> None              the step, in place
-Adding one is a row of `BACKENDS` and a place in `PREFERENCE`.
+Adding one is a row of `BACKENDS`, a place in `PREFERENCE`, and what `verify` has to know of it: its
+devices (`verify.devices_of`) and what it promises (`verify.bounds_of`).
 """
 
 from __future__ import annotations

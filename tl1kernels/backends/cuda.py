@@ -17,7 +17,7 @@ import torch
 from tl1kernels.backends import cuda_schedule as schedule
 from tl1kernels.backends import gpu, native
 from tl1kernels.backends.gpu import Step
-from tl1kernels.batch import Batch, state_dtype
+from tl1kernels.batch import Batch, state_dtype, unknown_to
 
 ENVIRONMENT = "TL1KERNELS_CUDA"
 REPORT = "cuda_build.txt"
@@ -85,13 +85,11 @@ def _scalar_names() -> tuple[str, ...]:
 
 def rejects(batch: Batch) -> str | None:
     """Return why the kernels cannot run this batch; None if they can."""
-    if batch.device.type != ("cpu" if emulated() else "cuda"):
-        return f"it has no kernels for {batch.device.type}"
+    if unknown := unknown_to(batch, {"cpu" if emulated() else "cuda"}, penalties()):
+        return unknown
     # Of several GPUs the current one, of which `unavailable` asks, may be another.
     if problem := _problem_with(batch.device.index or 0):
         return f"on {batch.device}: {problem}"
-    if batch.penalty is not None and batch.penalty not in penalties():
-        return f"it has no penalty {batch.penalty!r}"
     for entry in batch.entries:
         view = entry.view
         if view.grouped and max(view.outer, view.inner, view.n_groups) > 2**30:
@@ -115,7 +113,7 @@ def step(of: Step) -> None:
     work: schedule.Schedule = kept["schedule"]
     device = of.device
     on_gpu = device.type == "cuda"
-    launch = _launch(of, kept)
+    launch = _launch_number(of, kept)
     torch.ops.tl1kernels.cuda_step_(
         kept["table"],
         kept["scalars"],
@@ -144,7 +142,7 @@ def step(of: Step) -> None:
         kept["prepared"] = of.scalars
 
 
-def _launch(of: Step, kept: dict[str, Any]) -> int:
+def _launch_number(of: Step, kept: dict[str, Any]) -> int:
     """Return 0 for a step that must prepare each tensor's numbers, else a number of its own.
 
     They stay as they are where nothing on the device goes into them, unless a graph, which
@@ -199,7 +197,7 @@ def _make_schedule(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     for name in ("resident", "split"):
         kept[name] = gpu.to_device(device, torch.from_numpy(getattr(work, name)))
     record, measure, outcome = ops.cuda_sizes(arithmetic == torch.float64, coupled)
-    kept["records"] = torch.empty(len(of.params) * record, dtype=torch.uint8, device=device)
+    kept["records"] = torch.zeros(len(of.params) * record, dtype=torch.uint8, device=device)
     kept["factors_at"] = 1 + work.n_partials * measure // POST
     posts = kept["factors_at"] + work.n_factors * outcome // POST
     kept["posts"] = torch.zeros(posts, dtype=torch.int64, device=device)

@@ -7,7 +7,7 @@ changes. Nothing here waits for the device, but for Adam's counter where that li
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl1kernels.batch import Batch, Entry, gradients, needs_torch, rule_name, scalar_table
+from tl1kernels.batch import Batch, Entry, gradients, needs_torch, scalar_table, tensors
 from tl1kernels.views import GroupView
 
 STATES = 3
@@ -35,11 +35,11 @@ class Step:
         state: the rule's states of the first parameter, then those of the second, ...; of the
             arithmetic's dtype (`state_dtype`) and the parameter's strides; updated in place.
         counters: Adam's step counters where they lie on the CPU: the number of this step, 0-d.
-        numbers: for each parameter Adam's step counter, which is then counted up, lr and lam, where
-            they lie on the device: 0-d float32. Else None.
+        on_device: for each parameter Adam's step counter, which is then counted up, lr and lam,
+            where they lie on the device: 0-d float32. Else None.
         views: the groups of each parameter.
         scalars: float64 [tensors, the backend's scalars] on the CPU.
-        rule: a name of `rule_name`.
+        rule: the `name` of an update rule.
         penalty: a penalty's name; None for groups alone.
         maximize: whether the gradient's sign is turned.
         nesterov: SGD's variant of momentum.
@@ -56,7 +56,7 @@ class Step:
     grads: Sequence[Tensor]
     state: Sequence[Tensor]
     counters: Sequence[Tensor]
-    numbers: Sequence[Sequence[Tensor | None]]
+    on_device: Sequence[Sequence[Tensor | None]]
     views: Sequence[GroupView]
     scalars: Tensor
     rule: str
@@ -68,7 +68,7 @@ class Step:
     found_inf: Tensor | None = None
     seed: int | None = None
     copies: Sequence[Tensor] = ()
-    kept: dict[str, Any] | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +102,7 @@ def run(batch: Batch, launch: Callable[[Step], None], scalar_names: Sequence[str
 
 def _run(batch: Batch, launch: Callable[[Step], None], scalar_names: Sequence[str]) -> None:
     if not batch.tables:
-        batch.tables.update(_tables(batch))
+        batch.tables |= {**tensors(batch), "views": [entry.view for entry in batch.entries]}
     if not batch.numbers:
         batch.numbers["on_device"] = [_on_device(batch, entry) for entry in batch.entries]
         batch.numbers["scalars"] = scalar_table(batch, scalar_names)
@@ -128,11 +128,11 @@ def _run(batch: Batch, launch: Callable[[Step], None], scalar_names: Sequence[st
             batch.numbers["on_device"],
             tables["views"],
             batch.numbers["scalars"],
-            rule_name(rule),
+            rule.name,
             batch.penalty,
-            maximize=getattr(rule, "maximize", False),
-            nesterov=getattr(rule, "nesterov", False),
-            decoupled=getattr(rule, "decoupled", False),
+            maximize=rule.maximize,
+            nesterov=rule.nesterov,
+            decoupled=rule.decoupled,
             grad_scale=batch.grad_scale,
             found_inf=batch.found_inf,
             seed=batch.seed,
@@ -143,22 +143,6 @@ def _run(batch: Batch, launch: Callable[[Step], None], scalar_names: Sequence[st
     if counted:  # only now: a step that is refused does not count
         torch._foreach_copy_(counted, counters)
     torch.autograd.graph.increment_version(tables["written"])
-
-
-def _tables(batch: Batch) -> dict[str, Any]:
-    entries, rule = batch.entries, batch.rule
-    params = [entry.param for entry in entries]
-    state = [entry.state[name] for entry in entries for name in rule.state]
-    counters = [entry.state[name] for entry in entries for name in rule.counters]
-    copies = [entry.copy for entry in entries if entry.copy is not None]
-    return {
-        "params": params,
-        "copies": copies,
-        "state": state,
-        "counters": counters,
-        "written": [*params, *state, *counters, *copies],
-        "views": [entry.view for entry in entries],
-    }
 
 
 MakeSchedule = Callable[[list[bool], dict[str, Any]], NDArray[np.void]]
@@ -174,7 +158,7 @@ def renew(step: Step, make_schedule: MakeSchedule, step_column: int) -> dict[str
         make_schedule: the backend's, called where there is none for such addresses.
         step_column: the column of `scalars` that takes `counters`.
     """
-    kept: dict[str, Any] = {} if step.kept is None else step.kept
+    kept = step.kept
     device = step.device
     _follow_stream(device, kept)
     _renew_table(step, make_schedule, kept)
@@ -211,13 +195,13 @@ def _pinned(shape: Sequence[int]) -> list[Tensor]:
 def _renew_table(step: Step, make_schedule: MakeSchedule, kept: dict[str, Any]) -> None:
     params, copies, device, n = step.params, step.copies, step.device, len(step.params)
     tensors = chain(params, step.grads, copies, step.state)
-    if kept.get("numbers_of") is not step.numbers:  # most are None: too many to look at each time
-        numbers = list(chain(*step.numbers))
+    if kept.get("on_device_of") is not step.on_device:  # mostly None: not to look at each time
+        numbers = list(chain(*step.on_device))
         there = [i for i, number in enumerate(numbers) if number is not None]
         if there != kept.get("there"):
             kept["there"], kept["addresses"] = there, None
-        kept["numbers"], kept["numbers_of"] = [numbers[i] for i in there], step.numbers
-    addresses = list(map(Tensor.data_ptr, chain(tensors, kept["numbers"])))
+        kept["on_device"], kept["on_device_of"] = [numbers[i] for i in there], step.on_device
+    addresses = list(map(Tensor.data_ptr, chain(tensors, kept["on_device"])))
     if kept["addresses"] == addresses:
         return
     table = np.zeros((n, ADDRESSES), np.int64)

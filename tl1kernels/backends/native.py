@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 import tl1kernels
-from tl1kernels.batch import Batch, gradients, needs_torch, rule_name, scalar_table
+from tl1kernels.batch import Batch, gradients, needs_torch, scalar_table, tensors, unknown_to
 
 BINARY = "libtl1kernels_cpu.so"
 REPORT = "native_build.txt"
@@ -101,10 +101,8 @@ def rejects(batch: Batch) -> str | None:
     Raises:
         RuntimeError: TL1KERNELS_CPU names no instruction set that this processor can run.
     """
-    if batch.device.type != "cpu":
-        return f"it has no kernels for {batch.device.type}"
-    if batch.penalty is not None and batch.penalty not in penalties():
-        return f"it has no penalty {batch.penalty!r}"
+    if unknown := unknown_to(batch, {"cpu"}, penalties()):
+        return unknown
     if wrong := unknown_build():
         raise RuntimeError(wrong)  # a wish that cannot be met: no other backend may take over
     for entry in batch.entries:
@@ -129,11 +127,11 @@ def run(batch: Batch) -> None:
         tables["state"],
         tables["views"],
         batch.numbers["scalars"],
-        tables["rule"],
+        rule.name,
         batch.penalty,
-        getattr(rule, "maximize", False),
-        getattr(rule, "nesterov", False),
-        getattr(rule, "decoupled", False),
+        rule.maximize,
+        rule.nesterov,
+        rule.decoupled,
         1.0 if batch.grad_scale is None else batch.grad_scale.item(),
         tables["copies"],
         batch.seed,
@@ -145,17 +143,11 @@ def run(batch: Batch) -> None:
 def _tables(batch: Batch) -> dict[str, Any]:
     """Return what the op takes besides gradients; see its schema in csrc/library.cpp."""
     names = (*batch.rule.state, *batch.rule.counters)
-    params = [entry.param for entry in batch.entries]
-    state = [entry.state[name] for entry in batch.entries for name in names]
     views = [(e.view.blocks, e.view.outer, e.view.groups, e.view.inner) for e in batch.entries]
-    copies = [entry.copy for entry in batch.entries if entry.copy is not None]
     return {
-        "params": params,
-        "state": state,
-        "copies": copies,
-        "written": [*params, *state, *copies],
+        **tensors(batch),
+        "state": [entry.state[name] for entry in batch.entries for name in names],
         "views": torch.tensor(views, dtype=torch.int64, device="cpu"),
-        "rule": rule_name(batch.rule),
     }
 
 

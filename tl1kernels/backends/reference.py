@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tl1kernels.batch import SGD, Adam, Assign, Batch, Entry, Rule, host_numbers
+from tl1kernels.batch import SGD, Adam, Batch, Entry, Rule, host_numbers
 from tl1kernels.penalties import Terms
 
 Scalars = Mapping[str, float]
@@ -69,9 +69,11 @@ def adam(rule: Adam, p: Tensor, g: Tensor, state: State, s: Scalars) -> Tensor:
 
 
 def _updated(rule: Rule, p: Tensor, g: Tensor, state: State, s: Scalars) -> Tensor:
-    if isinstance(rule, Assign):
-        return g
-    return sgd(rule, p, g, state, s) if isinstance(rule, SGD) else adam(rule, p, g, state, s)
+    if isinstance(rule, SGD):
+        return sgd(rule, p, g, state, s)
+    if isinstance(rule, Adam):
+        return adam(rule, p, g, state, s)
+    return g  # Assign
 
 
 # --- Thresholds: argmin over w of (w - v)^2 / 2 + step * weight * rho_a(w), elementwise.

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch import library as torch_library
 
 from tl1kernels.backends import gpu
 from tl1kernels.backends import triton_schedule as schedule
 from tl1kernels.backends.gpu import Step
-from tl1kernels.batch import Batch, state_dtype
-from tl1kernels.views import GroupView
+from tl1kernels.backends.gpu_work import ceil_div
+from tl1kernels.batch import Batch, state_dtype, unknown_to
 
 BLOCK = 64  # tensors that a program of prepare_kernel takes
 
@@ -45,12 +44,9 @@ def interpreting() -> bool:
 
 @cache
 def load() -> ModuleType:
-    """Import the kernels once; torch.ops.tl1kernels.triton_step_ is then there."""
+    """Import the kernels once."""
     from tl1kernels.backends import triton_kernels
 
-    _OPS.define(_SCHEMA)
-    _OPS.impl("triton_step_", _op, "CompositeExplicitAutograd")
-    torch_library.register_fake("tl1kernels::triton_step_", _fake_op)
     return triton_kernels
 
 
@@ -62,7 +58,7 @@ def maths() -> ModuleType:
     return triton_math
 
 
-def rows() -> dict[str | None, Any]:
+def penalty_rows() -> dict[str | None, Any]:
     """Import the kernels' penalties: a row of `PENALTIES` by name, None for groups alone."""
     load()
     from tl1kernels.backends import triton_penalties
@@ -72,15 +68,13 @@ def rows() -> dict[str | None, Any]:
 
 def penalties() -> frozenset[str]:
     """Return the names of the penalties that there are kernels for."""
-    return frozenset(filter(None, rows()))
+    return frozenset(filter(None, penalty_rows()))
 
 
 def rejects(batch: Batch) -> str | None:
     """Return why Triton cannot run this batch; None if it can."""
-    if batch.device.type != "cuda" and not (batch.device.type == "cpu" and interpreting()):
-        return f"it has no kernels for {batch.device.type}"
-    if batch.penalty not in rows():
-        return f"it has no penalty {batch.penalty!r}"
+    if unknown := unknown_to(batch, {"cuda", "cpu"} if interpreting() else {"cuda"}, penalties()):
+        return unknown
     for view in (entry.view for entry in batch.entries):
         across = view.groups * view.inner
         if view.grouped and view.outer > 1 and across > schedule.MOST_ACROSS:
@@ -107,7 +101,7 @@ def step(of: Step) -> None:
     n_sync = 1 + 2 * work.n_teams
     _launch(
         kernels.prepare_kernel,
-        -(-max(n, n_sync) // BLOCK),
+        ceil_div(max(n, n_sync), BLOCK),
         (
             kept["table"],
             kept["scalars"],
@@ -122,7 +116,7 @@ def step(of: Step) -> None:
             int(of.decoupled),
         ),
         partial(_prepare_constants, of),
-        (of.rule, of.penalty, of.numbers[0][0] is None),
+        (of.rule, of.penalty, of.on_device[0][0] is None),
         kept,
     )
     if len(work.resident.items):
@@ -202,12 +196,12 @@ def _specialized(argument: Tensor | int | None) -> object:
 
 
 def _prepare_constants(of: Step) -> tuple[dict[str, Any], int]:
-    prepare, _, couple = rows()[of.penalty]
+    prepare, _, couple = penalty_rows()[of.penalty]
     constants = {
         "Prepare": prepare,
         "COUPLED": couple is not None,
         "ADAM": of.rule.startswith("adam"),
-        "COUNTERS": of.numbers[0][0] is not None,
+        "COUNTERS": of.on_device[0][0] is not None,
         "A": _named(state_dtype(of.params[0].dtype)),
         "BLOCK": BLOCK,
     }
@@ -217,7 +211,7 @@ def _prepare_constants(of: Step) -> tuple[dict[str, Any], int]:
 def _constants(of: Step, work: schedule.Work, columns: int = 0) -> tuple[dict[str, Any], int]:
     dtype, tile = of.params[0].dtype, work.tile
     advance, apply = maths().RULES[of.rule]
-    _, prox, couple = rows()[of.penalty]
+    _, prox, couple = penalty_rows()[of.penalty]
     constants = {
         "Advance": advance,
         "Apply": apply,
@@ -252,7 +246,7 @@ def _make_schedule(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
     """Make the tiles and the workspace; return the table's columns from OUTER on."""
     device, dtype = of.device, of.params[0].dtype
     states = len(of.state) // len(of.params)
-    coupled = rows()[of.penalty][2] is not None
+    coupled = penalty_rows()[of.penalty][2] is not None
     work = kept["schedule"] = schedule.make_schedule(
         of.views, aligned, dtype.itemsize, states, programs_at_once(device), coupled
     )
@@ -274,51 +268,3 @@ def _named(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-# --- The op, for torch.compile: what `step` does, without anything kept.
-
-_OPS = torch_library.Library("tl1kernels", "FRAGMENT")
-_SCHEMA = (
-    "triton_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor[] counters, "
-    "Tensor views, Tensor scalars, str rule, str? penalty, bool maximize, bool nesterov, "
-    "bool decoupled) -> ()"
-)
-
-
-def _op(
-    params: list[Tensor],
-    grads: list[Tensor],
-    state: list[Tensor],
-    counters: list[Tensor],
-    views: Tensor,
-    scalars: Tensor,
-    rule: str,
-    penalty: str | None,
-    maximize: bool,
-    nesterov: bool,
-    decoupled: bool,
-) -> None:
-    rows = [(*row[:4], bool(row[4])) for row in views.tolist()]
-    with torch.cuda.device_of(params[0]):
-        step(
-            Step(
-                params,
-                grads,
-                state,
-                counters,
-                [(None, None, None)] * len(params),
-                [GroupView((), *row) for row in rows],
-                scalars,
-                rule,
-                penalty,
-                maximize=maximize,
-                nesterov=nesterov,
-                decoupled=decoupled,
-            )
-        )
-
-
-def _fake_op(params: list[Tensor], grads: list[Tensor], *_: object) -> None:
-    for param, grad in zip(params, grads, strict=True):
-        torch._check(param.device == grad.device, lambda: "params and grads must share a device")

@@ -15,11 +15,11 @@ from tl1kernels.backends import gpu, triton_schedule
 # --- Memory. The table, int64, a row a tensor: addresses, then the view (Schedule.layout).
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
-STATE = tl.constexpr(2)  # up to three
-COPY = tl.constexpr(5)
-COUNTER = tl.constexpr(6)  # Adam's `step`, lr, and lam where they lie on the device, else 0
-LR_THERE = tl.constexpr(7)
-LAM_THERE = tl.constexpr(8)
+STATE = tl.constexpr(2)  # gpu.STATES of them
+COPY = tl.constexpr(2 + gpu.STATES)
+COUNTER = tl.constexpr(3 + gpu.STATES)  # Adam's `step`, lr, lam if they are on the device, else 0
+LR_THERE = tl.constexpr(4 + gpu.STATES)
+LAM_THERE = tl.constexpr(5 + gpu.STATES)
 
 
 def _column(name):
@@ -44,18 +44,24 @@ SCALARS = (
     *("lr", "weight_decay", "momentum", "dampening", "beta1", "beta2", "eps"),
     *("elementwise", "group", "a", "step"),
 )
-LR = tl.constexpr(0)
-WEIGHT_DECAY = tl.constexpr(1)
-MOMENTUM = tl.constexpr(2)
-DAMPENING = tl.constexpr(3)
-BETA1 = tl.constexpr(4)
-BETA2 = tl.constexpr(5)
-EPS = tl.constexpr(6)
-ELEMENTWISE = tl.constexpr(7)
-GROUP = tl.constexpr(8)
-SHAPE = tl.constexpr(9)
-STEP = tl.constexpr(10)
-N_SCALARS = tl.constexpr(11)
+
+
+def _scalar(name):
+    return tl.constexpr(SCALARS.index(name))
+
+
+LR = _scalar("lr")
+WEIGHT_DECAY = _scalar("weight_decay")
+MOMENTUM = _scalar("momentum")
+DAMPENING = _scalar("dampening")
+BETA1 = _scalar("beta1")
+BETA2 = _scalar("beta2")
+EPS = _scalar("eps")
+ELEMENTWISE = _scalar("elementwise")
+GROUP = _scalar("group")
+SHAPE = _scalar("a")
+STEP = _scalar("step")
+N_SCALARS = tl.constexpr(len(SCALARS))
 
 # What `prepare_kernel` makes of them, in the arithmetic type, a row a tensor.
 C_UNIT = tl.constexpr(0)  # of the gradient: -1 to maximize, over the loss's scale

@@ -56,4 +56,4 @@ def bounds_of(backend: str) -> Bounds:
     """Return what a backend promises on this machine."""
     if backend == "triton":
         return INTERPRETED if triton_launch.interpreting() else GPU
-    return {"reference": ROUNDED_ONCE, "cuda": GPU}.get(backend, NATIVE)
+    return {"reference": ROUNDED_ONCE, "cpu": NATIVE, "cuda": GPU}[backend]
