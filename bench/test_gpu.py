@@ -53,7 +53,7 @@ backend = pytest.fixture(autouse=True, params=["triton", "cuda"])(gpu_backend)
 def work_of(step):
     """Return what a step that has been taken consists of: its kernels, or shapes of work."""
     (_, batch), *_ = step.__self__._planned.batches._prepared
-    schedule = batch.layouts["schedule"]
+    schedule = batch.layouts["kept"].schedule
     if isinstance(schedule, triton_schedule.Schedule):
         held = (schedule.split.items[:, 1] // 2 % 4 == triton_schedule.HELD).all()
         works = {

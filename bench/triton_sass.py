@@ -90,10 +90,11 @@ def tile_of(tile: str, rule: str, dtype: torch.dtype) -> triton_schedule.Tile:
 
 
 def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=False, copies=None):
-    """Compile one kind of tile for a target; return Triton's compiled kernel."""
-    kernel, kind = TILES[tile]
+    """Compile a kind of tile, or a tuple of them, for a target; return Triton's kernel."""
+    names = (tile,) if isinstance(tile, str) else tile
+    kernel, _ = TILES[names[0]]
     advance, apply = triton_math.RULES[rule]
-    of = tile_of(tile, rule, dtype)
+    of = tile_of(names[0], rule, dtype)
     constants = {
         "Advance": advance,
         "Apply": apply,
@@ -104,7 +105,7 @@ def compiled(tile, rule, penalty, dtype, aligned=True, target=H200, stochastic=F
         "G": _named(copies or dtype),
         "A": _named(state_dtype(dtype)),
         "VECTOR": 16 // dtype.itemsize,
-        "KINDS": 1 << (kind + aligned),
+        "KINDS": sum(1 << (TILES[name][1] + aligned) for name in names),
         "TILE": of.weights,
         "PART": of.part(dtype.itemsize),
         "ROWS": of.weights // triton_schedule.COLUMNS,
@@ -124,7 +125,7 @@ def compiled_prepare(rule, penalty, dtype, counters=False, target=H200):
         "A": _named(state_dtype(dtype)),
         "BLOCK": triton_launch.BLOCK,
     }
-    return _compile(kernels.prepare_kernel, constants, dtype, 1, target)
+    return _compile(kernels.prepare_kernel, constants, dtype, triton_launch.PREPARE_WARPS, target)
 
 
 def _compile(kernel, constants, dtype, warps, target):

@@ -172,7 +172,7 @@ def variants(
 
         step()
         (_, batch), *_ = optimizer._planned.batches._prepared
-        return step, work_of(batch.layouts["schedule"]), params
+        return step, work_of(batch.layouts["kept"].schedule), params
 
     with tk.use_backend(case.backend):
         step, committed, want = stepped(None, None)

@@ -166,7 +166,7 @@ CONTRACT = {
         {"test_optim": ["test_the_same_bits_run_after_run_for_any_number_of_threads"]},
     ),
     "memory": (
-        "the kernels need the groups' sums and a thread's workspace; the reference, float64 temporaries",
+        "kernels need the groups' sums, threads a workspace; the reference, float64 temporaries",
         {"test_native": ["test_a_step_needs_no_memory_beyond_the_groups"]},
     ),
     "sharding": (

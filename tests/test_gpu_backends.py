@@ -256,6 +256,29 @@ def test_numbers_on_the_device_are_read_by_each_step(gpu, adam):
     assert host_numbers(entry)[0]["lr"] == pytest.approx(0.1 / 3)
 
 
+def test_adams_counter_is_counted_up_wherever_its_memory_is(gpu):
+    """It may be exchanged between steps, as where processes are to share it."""
+    start, results = torch.randn(9, 7), []
+    for backend in (gpu.name, "reference"):
+        params = [start.to(gpu.device, copy=True).requires_grad_() for _ in range(2)]
+        optimizer = tk.ProxAdam(params, lr=0.1, lam=0.1)
+        counters = []
+        with tk.use_backend(backend):
+            for i in range(4):
+                for p in params:
+                    p.grad = torch.full_like(p, 1.0 + i)
+                optimizer.step()
+                steps = [optimizer.state[p]["step"] for p in params]
+                counters.append([step.item() for step in steps])
+                if i == 0:
+                    steps[0].share_memory_()
+                if i == 1:
+                    steps[0].set_(torch.tensor(7.0))
+        assert counters == [[1, 1], [2, 2], [8, 3], [9, 4]]
+        results.append(torch.cat([p.detach().cpu() for p in params]))
+    assert_near(*results, 32, start.repeat(2, 1).abs().clamp(min=1))
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_grad_scale_and_found_inf_on_the_device(gpu, capturable):
     results = []
@@ -291,7 +314,7 @@ def test_capturable_keeps_the_counter_with_the_parameter_and_checkpoints_go_on(g
     assert optimizer.state[p]["step"].device == p.device
     (_, batch), *_ = optimizer._planned.batches._prepared
     counter = optimizer.state[p]["step"].data_ptr()
-    assert batch.layouts["table"][:, 6].tolist() == [counter]  # the kernel counts
+    assert batch.layouts["kept"].table[:, 6].tolist() == [counter]  # the kernel counts
     other = tk.ProxAdamW([p], lr=0.1, **{option: True})
     other.load_state_dict(optimizer.state_dict())
     p.grad = torch.ones_like(p)
@@ -327,7 +350,7 @@ def test_a_change_of_numbers_keeps_the_tiles(gpu, monkeypatch):
     for _ in range(4):
         optimizer.step()
         (_, batch), *_ = optimizer._planned.batches._prepared
-        tables.append(batch.layouts["table"])
+        tables.append(batch.layouts["kept"].table)
         scheduler.step()
         optimizer.param_groups[0]["lam"] *= 2
     assert all(table is tables[0] for table in tables)  # not sent to the device again
@@ -355,18 +378,18 @@ def test_what_only_a_replay_fills_no_step_outside_the_graph_reads(gpu, monkeypat
     p.grad = gradients[0]
     ours.step()
     (_, batch), *_ = ours._planned.batches._prepared
-    kept, eager = batch.layouts, batch.layouts["table"]
-    kept["spares"] = [torch.empty_like(eager, device="cpu") for _ in range(2)]
+    kept, eager = batch.layouts["kept"], batch.layouts["kept"].table
+    kept.spares = [torch.empty_like(eager, device="cpu") for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(gpu_module, "capturing", lambda device: True)
         p.grad = gradients[1]
         ours.step()
-        captured = kept["table"]
+        captured = kept.table
         assert captured is not eager
         captured.zero_()
         ours.step()  # another graph
-        assert kept["table"] is not captured
-        kept["table"].zero_()
+        assert kept.table is not captured
+        kept.table.zero_()
     ours.step()
     p.grad = gradients[2]
     ours.step()

@@ -276,6 +276,17 @@ def test_hidden_neurons_all_speak_at_the_start():
     assert silent[0.3] == 0
 
 
+def test_no_run_outlives_a_command_that_is_killed(tmp_path):
+    command = [sys.executable, "-m", "tl1kernels", "train", "digits", "--out", str(tmp_path)]
+    command += ["--seeds", "2", "--epochs", "30", "--methods", "none", "l1", "--jobs", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    while not list((tmp_path / "runs").glob("*.json")) and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=10)  # until nobody can write to the pipe
+    assert len(list((tmp_path / "runs").glob("*.json"))) < 10
+
+
 def test_ctrl_c_saves_finished_runs_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "tl1kernels", "train", "digits", "--out", str(tmp_path)]
     command += ["--seeds", "1", "--epochs", "60", "--methods", "none", "l1", "tl1", "--jobs", "1"]

@@ -105,6 +105,13 @@ def test_a_team_is_held_where_its_programs_run_at_once():
     ):
         plan = triton_schedule.make_schedule([view], [aligned], dtype.itemsize, 0, at_once, coupled)
         assert {kind.removesuffix(" aligned") for kind in kinds_of(plan)} == want
+    both = [
+        view,
+        view_of(torch.empty(640, 71), 1),
+    ]  # in one kernel
+    assert kinds_of(triton_schedule.make_schedule(both, [True] * 2, 4, 0, 19)) == {
+        *("columns first", "columns second", "columns first aligned", "columns second aligned"),
+    }
 
 
 def test_split_tiles_come_in_an_order_in_which_nobody_waits_for_ever():

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from operator import is_, itemgetter
-from typing import Any, NamedTuple
+from operator import is_, itemgetter, methodcaller
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +48,14 @@ class _PlannedGroup:
     masters: bool = False  # whether parameters have them
 
 
-class _Planned(NamedTuple):
-    """A step's batches, and the options and param groups that they were made for."""
+@dataclass
+class _Planned:
+    """A step's batches, and the options, param groups and state that they were made for."""
 
     batches: plan.Plan
     options: list[tuple[Any, ...]]
     groups: list[_PlannedGroup]
+    state: list[Any] = field(default_factory=list)  # of all parameters, as `_flat_state` has it
 
 
 class Proximal(torch.optim.Optimizer):
@@ -297,14 +299,14 @@ class Proximal(torch.optim.Optimizer):
 
     def _attach_state(self, planned: _Planned) -> bool:
         """Give each entry its state; return whether scalars of it are for this step alone."""
-        only_now = False
+        only_now = renewed = False
+        state = _flat_state(self.state)
+        same = len(state) == len(planned.state) and all(map(is_, state, planned.state))
         for group in planned.groups:
             names = (*group.rule.state, *group.rule.counters)
             if not names and not group.masters:
                 continue
-            state = [tensor for p in group.params for tensor in self.state[p].values()]
-            same = len(state) == len(group.state) and all(map(is_, state, group.state))
-            if same and group.kinds is not None and group.kinds.hold(state):
+            if same and group.kinds is not None and group.kinds.hold(group.state):
                 if group.masters:
                     self._follow(group)
                 continue
@@ -335,6 +337,9 @@ class Proximal(torch.optim.Optimizer):
             if group.masters:
                 self._follow(group)
             planned.batches.forget_numbers(state_too=True)
+            renewed = True
+        if renewed:
+            planned.state = _flat_state(self.state)
         return only_now
 
     def _master(self, param: Tensor) -> Tensor:
@@ -408,6 +413,11 @@ def counts_on_device(group: Mapping[str, Any]) -> bool:
 
 def _remember(optimizer: Any, checkpoint: dict[str, Any]) -> None:
     optimizer._loading = checkpoint, [dict(group) for group in optimizer.param_groups]
+
+
+def _flat_state(state: Mapping[Tensor, Mapping[str, Any]]) -> list[Any]:
+    """Return an optimizer's parameters that have state, then all of that; hashes no tensor."""
+    return [*state, *chain.from_iterable(map(methodcaller("values"), state.values()))]
 
 
 def _version(param: Tensor) -> int | None:

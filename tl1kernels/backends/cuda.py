@@ -8,11 +8,14 @@ CPU tensors, slowly, where the library for that was built: for tests.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from tl1kernels.backends import cuda_schedule as schedule
 from tl1kernels.backends import gpu, native
@@ -99,37 +102,61 @@ def rejects(batch: Batch) -> str | None:
 
 def run(batch: Batch) -> None:
     """Take one step on every entry, in place."""
-    gpu.run(batch, step, _scalar_names())
+    gpu.run(batch, step, _scalar_names(), Kept)
 
 
-def step(of: Step) -> None:
+@dataclass
+class Kept(gpu.Kept):
+    """What a batch's next step finds again; see `gpu.Kept`.
+
+    Attributes:
+        schedule: the lists of work, of which `resident` and `split` are on the device.
+        records: on the device, each tensor's numbers, which `prepare` makes of its scalars.
+        prepared: the scalars of which they were made; None where each step makes its own.
+        posts: on the device, what blocks leave for each other: counters, the pieces' measures, and
+            from `factors_at` on what becomes of groups.
+        graphs: whether a graph has captured a step.
+        launches: made without `prepare`, counted from 0.
+    """
+
+    schedule: schedule.Schedule = field(init=False)
+    resident: Tensor = field(init=False)
+    split: Tensor = field(init=False)
+    records: Tensor = field(init=False)
+    prepared: Tensor | None = field(init=False, default=None)
+    posts: Tensor = field(init=False)
+    factors_at: int = field(init=False)
+    graphs: bool = field(init=False, default=False)
+    launches: int = field(init=False, default=-1)
+
+
+def step(of: Step, kept: Kept) -> None:
     """Launch the kernels on the current device. The scalars' columns are `cuda_scalar_names`.
 
     Raises:
         RuntimeError: the device has no room for the blocks; nothing has changed then.
     """
     load()
-    kept = gpu.renew(of, partial(_make_schedule, of), _scalar_names().index("step"))
-    work: schedule.Schedule = kept["schedule"]
-    device = of.device
+    gpu.renew(of, kept, _make_schedule, _scalar_names().index("step"))
+    work, device = kept.schedule, of.device
     on_gpu = device.type == "cuda"
     launch = _launch_number(of, kept)
     torch.ops.tl1kernels.cuda_step_(
-        kept["table"],
-        kept["scalars"],
-        kept["records"],
-        kept["posts"],
-        kept["resident"],
-        kept["split"],
-        kept["one"] if of.grad_scale is None else of.grad_scale,
-        kept["zero"] if of.found_inf is None else of.found_inf,
+        kept.table,
+        kept.scalars,
+        kept.records,
+        kept.posts,
+        kept.resident,
+        kept.split,
+        kept.one if of.grad_scale is None else of.grad_scale,
+        kept.zero if of.found_inf is None else of.found_inf,
         *_names(of),
         of.maximize,
         of.nesterov,
         of.decoupled,
         of.seed or 0,
         launch,
-        kept["factors_at"],
+        kept.factors_at,
         work.parts,
         work.outcomes,
         work.waiting,
@@ -139,32 +166,32 @@ def step(of: Step) -> None:
         torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
     )
     if launch == 0 and not _varies(of, kept):
-        kept["prepared"] = of.scalars
+        kept.prepared = of.scalars
 
 
-def _launch_number(of: Step, kept: dict[str, Any]) -> int:
+def _launch_number(of: Step, kept: Kept) -> int:
     """Return 0 for a step that must prepare each tensor's numbers, else a number of its own.
 
     They stay as they are where nothing on the device goes into them, unless a graph, which
     prepares its own with each replay, has come between.
     """
     if gpu.capturing(of.device):
-        kept["graphs"] = True
+        kept.graphs = True
     if (
         _varies(of, kept)
-        or "graphs" in kept
-        or len(kept["schedule"].split)
-        or kept["prepared"] is not of.scalars
+        or kept.graphs
+        or len(kept.schedule.split)
+        or kept.prepared is not of.scalars
     ):
-        kept["prepared"] = None  # until the step has been launched
+        kept.prepared = None  # until the step has been launched
         return 0
-    kept["launches"] = (kept.get("launches", -1) + 1) % OWN_LAUNCHES
-    return OWN_LAUNCHES + int(kept["launches"])
+    kept.launches = (kept.launches + 1) % OWN_LAUNCHES
+    return OWN_LAUNCHES + kept.launches
 
 
-def _varies(of: Step, kept: dict[str, Any]) -> bool:
+def _varies(of: Step, kept: Kept) -> bool:
     """Return whether each step prepares numbers of its own."""
-    from_device = (*of.counters, *kept["there"], of.grad_scale, of.found_inf, of.seed)
+    from_device = (of.counters, *kept.there, of.grad_scale, of.found_inf, of.seed)
     return any(x is not None for x in from_device)
 
 
@@ -174,7 +201,7 @@ def _names(of: Step) -> tuple[str, str, str, str | None]:
     return ("" if of.seed is None else "stochastic_") + dtype, grad_dtype, of.rule, of.penalty
 
 
-def _make_schedule(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
+def _make_schedule(of: Step, aligned: list[bool], kept: Kept) -> NDArray[np.void]:
     """Make the lists of work and the workspace; return the table's columns from ADDRESSES on."""
     ops, device, dtype = torch.ops.tl1kernels, of.device, of.params[0].dtype
     arithmetic = state_dtype(dtype)
@@ -193,12 +220,13 @@ def _make_schedule(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
         at_once = ops.cuda_resident_blocks(*_names(of), *shared, index)
         if work.most_pieces > at_once:
             work = make(at_once)
-    kept["schedule"], kept["prepared"] = work, None
-    for name in ("resident", "split"):
-        kept[name] = gpu.to_device(device, torch.from_numpy(getattr(work, name)))
+    kept.schedule, kept.prepared = work, None
+    kept.resident = gpu.to_device(device, torch.from_numpy(work.resident))
+    kept.split = gpu.to_device(device, torch.from_numpy(work.split))
     record, measure, outcome = ops.cuda_sizes(arithmetic == torch.float64, coupled)
-    kept["records"] = torch.zeros(len(of.params) * record, dtype=torch.uint8, device=device)
-    kept["factors_at"] = 1 + work.n_partials * measure // POST
-    posts = kept["factors_at"] + work.n_factors * outcome // POST
-    kept["posts"] = torch.zeros(posts, dtype=torch.int64, device=device)
+    # Zeros: what lies between a record's numbers may be read with them.
+    kept.records = torch.zeros(len(of.params) * record, dtype=torch.uint8, device=device)
+    kept.factors_at = 1 + work.n_partials * measure // POST
+    posts = kept.factors_at + work.n_factors * outcome // POST
+    kept.posts = torch.zeros(posts, dtype=torch.int64, device=device)
     return work.layout

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tl1kernels.backends import gpu
@@ -23,7 +25,7 @@ from tl1kernels.backends.gpu import Step
 from tl1kernels.backends.gpu_work import ceil_div
 from tl1kernels.batch import Batch, state_dtype, unknown_to
 
-BLOCK = 64  # tensors that a program of prepare_kernel takes
+BLOCK, PREPARE_WARPS = 64, 2  # of prepare_kernel: tensors that a program takes
 
 
 def unavailable() -> str | None:
@@ -84,29 +86,51 @@ def rejects(batch: Batch) -> str | None:
 
 def run(batch: Batch) -> None:
     """Take one step on every entry, in place."""
-    gpu.run(batch, step, maths().SCALARS)
+    gpu.run(batch, step, maths().SCALARS, Kept)
 
 
-def step(of: Step) -> None:
+@dataclass
+class Kept(gpu.Kept):
+    """What a batch's next step finds again; see `gpu.Kept`.
+
+    Attributes:
+        schedule: the tiles, of which `resident` and `split` are on the device.
+        coefficients: on the device, what `prepare_kernel` makes of each tensor's scalars.
+        partials, factors: on the device, what tiles of a team leave for each other.
+        sync: on the device, counters: of programs, then of each team; 0 after `prepare_kernel`.
+        compiled: kernels and their constants, by what those depend on.
+    """
+
+    schedule: schedule.Schedule = field(init=False)
+    resident: Tensor = field(init=False)
+    split: Tensor = field(init=False)
+    coefficients: Tensor = field(init=False)
+    partials: Tensor = field(init=False)
+    factors: Tensor = field(init=False)
+    sync: Tensor = field(init=False)
+    compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = field(init=False)
+
+
+def step(of: Step, kept: Kept) -> None:
     """Launch the kernels on the current device.
 
     Its rule is a name of `triton_math.RULES`, its penalty one of `triton_penalties.PENALTIES`, its
     scalars' columns are `triton_math.SCALARS`.
     """
     kernels, n = load(), len(of.params)
-    kept = gpu.renew(of, partial(_make_schedule, of), maths().SCALARS.index("step"))
-    work: schedule.Schedule = kept["schedule"]
-    grad_scale = kept["one"] if of.grad_scale is None else of.grad_scale
-    found_inf = kept["zero"] if of.found_inf is None else of.found_inf
+    gpu.renew(of, kept, _make_schedule, maths().SCALARS.index("step"))
+    work = kept.schedule
+    grad_scale = kept.one if of.grad_scale is None else of.grad_scale
+    found_inf = kept.zero if of.found_inf is None else of.found_inf
     n_sync = 1 + 2 * work.n_teams
     _launch(
         kernels.prepare_kernel,
         ceil_div(max(n, n_sync), BLOCK),
         (
-            kept["table"],
-            kept["scalars"],
-            kept["coefficients"],
-            kept["sync"],
+            kept.table,
+            kept.scalars,
+            kept.coefficients,
+            kept.sync,
             n,
             n_sync,
             grad_scale,
@@ -123,7 +147,7 @@ def step(of: Step) -> None:
         _launch(
             kernels.resident_kernel,
             len(work.resident.items),
-            (kept["table"], kept["coefficients"], kept["resident"], found_inf, of.seed),
+            (kept.table, kept.coefficients, kept.resident, found_inf, of.seed),
             partial(_constants, of, work.resident),
             (of.rule, of.penalty),
             kept,
@@ -133,16 +157,16 @@ def step(of: Step) -> None:
             kernels.split_kernel,
             len(work.split.items),
             (
-                kept["table"],
-                kept["coefficients"],
-                kept["split"],
+                kept.table,
+                kept.coefficients,
+                kept.split,
                 found_inf,
                 of.seed,
-                kept["partials"],
+                kept.partials,
                 work.n_partials,
-                kept["factors"],
+                kept.factors,
                 work.n_factors,
-                kept["sync"],
+                kept.sync,
                 work.n_teams,
             ),
             partial(_constants, of, work.split, schedule.COLUMNS),
@@ -157,7 +181,7 @@ def _launch(
     arguments: tuple[Any, ...],
     constants_of: Callable[[], tuple[dict[str, Any], int]],
     choice: tuple[Any, ...],
-    kept: dict[str, Any],
+    kept: Kept,
 ) -> None:
     """Launch a kernel.
 
@@ -171,10 +195,10 @@ def _launch(
         arguments: the kernel's first ones, all that are no constants.
         constants_of: returns the constants by name, and how many warps a program has.
         choice: what the constants depend on, besides the schedule.
-        kept: the batch's; its "compiled" lasts as long as the schedule.
+        kept: the batch's; its `compiled` lasts as long as the schedule.
     """
     key = (kernel, *choice, *map(_specialized, arguments))
-    known = kept["compiled"].get(key)
+    known = kept.compiled.get(key)
     if known is not None:
         compiled, constants = known
         compiled[(programs, 1, 1)](*arguments, *constants)
@@ -185,7 +209,7 @@ def _launch(
         compiled = kernel[(programs,)](*arguments, **named, num_warps=warps, enable_fp_fusion=True)
     if compiled is not None:  # the interpreter has nothing to keep
         constants = [named[name] for name in kernel.arg_names[len(arguments) :]]
-        kept["compiled"][key] = compiled, constants
+        kept.compiled[key] = compiled, constants
 
 
 def _specialized(argument: Tensor | int | None) -> object:
@@ -205,7 +229,7 @@ def _prepare_constants(of: Step) -> tuple[dict[str, Any], int]:
         "A": _named(state_dtype(of.params[0].dtype)),
         "BLOCK": BLOCK,
     }
-    return constants, 1
+    return constants, PREPARE_WARPS
 
 
 def _constants(of: Step, work: schedule.Work, columns: int = 0) -> tuple[dict[str, Any], int]:
@@ -242,24 +266,22 @@ def programs_at_once(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _make_schedule(of: Step, aligned: list[bool], kept: dict[str, Any]) -> Any:
+def _make_schedule(of: Step, aligned: list[bool], kept: Kept) -> NDArray[np.void]:
     """Make the tiles and the workspace; return the table's columns from OUTER on."""
     device, dtype = of.device, of.params[0].dtype
     states = len(of.state) // len(of.params)
     coupled = penalty_rows()[of.penalty][2] is not None
-    work = kept["schedule"] = schedule.make_schedule(
+    work = kept.schedule = schedule.make_schedule(
         of.views, aligned, dtype.itemsize, states, programs_at_once(device), coupled
     )
-    kept["resident"] = gpu.to_device(device, torch.from_numpy(work.resident.items))
-    kept["split"] = gpu.to_device(device, torch.from_numpy(work.split.items))
-    for name, size in (
-        ("partials", work.n_partials * (load().MEASURES if coupled else 1)),
-        ("factors", work.n_factors * (load().OUTCOMES if coupled else 1)),
-        ("coefficients", len(of.params) * maths().N_COEFFICIENTS.value),
-    ):
-        kept[name] = torch.empty(size, dtype=state_dtype(dtype), device=device)
-    kept["compiled"] = {}
-    kept["sync"] = torch.empty(1 + 2 * work.n_teams, dtype=torch.int32, device=device)
+    kept.resident = gpu.to_device(device, torch.from_numpy(work.resident.items))
+    kept.split = gpu.to_device(device, torch.from_numpy(work.split.items))
+    empty = partial(torch.empty, dtype=state_dtype(dtype), device=device)
+    kept.partials = empty(work.n_partials * (load().MEASURES if coupled else 1))
+    kept.factors = empty(work.n_factors * (load().OUTCOMES if coupled else 1))
+    kept.coefficients = empty(len(of.params) * maths().N_COEFFICIENTS.value)
+    kept.compiled = {}
+    kept.sync = torch.empty(1 + 2 * work.n_teams, dtype=torch.int32, device=device)
     return work.layout
 
 

@@ -163,11 +163,16 @@ def make_schedule(
         coupled: whether the penalty is one of whole groups, of which more is measured.
     """
     vector = 16 // itemsize
-    rows_of = {v.inner for v in views if v.grouped and v.outer == 1 and v.inner <= LONGEST}
+    rows_of = {v.inner for v in views if v.grouped and not _split(v)}
     kinds_of = {inner: rows_kind(inner) for inner in rows_of}
     longest = max((WIDTHS[kind][0] for kind in kinds_of.values()), default=0)
     tile = resident_tile(longest, itemsize, states)
     shared = split_tile(itemsize, states)
+    # Half of the device is left to others that may be using it. Tiles of few registers leave a
+    # third, for three of them run on a multiprocessor; a kernel takes what its worst tile takes.
+    few_registers = itemsize <= 4 and not coupled
+    for view, at_16 in zip(views, aligned, strict=True):
+        few_registers &= not _split(view) or _wide(view, at_16, vector)
     layout = np.zeros(len(views), ROW)
     resident: list[Items] = []
     held: list[Items] = []
@@ -182,27 +187,25 @@ def make_schedule(
         if not view.grouped:
             resident += _flat(index, view.n_groups * view.group_size, tile.weights, at_16)
             groups = view.n_groups * view.group_size
-        elif outer == 1 and inner <= LONGEST:
+        elif not _split(view):
             kind = kinds_of[inner]
             rows = blocks * groups
             width, parts = WIDTHS[kind]
             at_a_time = tile.weights if parts == 1 else tile.part(itemsize)
             tiles = ceil_div(rows, max(at_a_time // width, 1))
-            wide = at_16 and inner % vector == 0
-            resident.append(items_of(index, _kind(kind, wide), tiles))
+            resident.append(items_of(index, _kind(kind, _wide(view, at_16, vector)), tiles))
             groups = rows
         else:
             if inner <= COLUMNS:
                 length = groups * inner
                 pieces = ceil_div(outer, shared.weights // COLUMNS)
                 teams = blocks * ceil_div(length, COLUMNS // inner * inner)
-                wide = at_16 and inner == 1 and length % vector == 0
                 kind, sums, factors = COLUMNS_KIND, blocks * pieces * length, blocks * length
             else:
                 pieces = outer * ceil_div(inner, shared.weights)
                 teams = blocks * groups
-                wide = at_16 and inner % vector == 0
                 kind, sums, factors = LONG_KIND, teams * pieces, teams
+            wide = _wide(view, at_16, vector)
             row["partials"], row["teams"], row["factors"] = n_partials, n_teams, n_factors
             if pieces == 1:
                 whole.append(items_of(index, _kind(kind + WHOLE, wide), teams))
@@ -210,9 +213,6 @@ def make_schedule(
                 n_partials += sums
                 n_factors += factors
                 n_teams += teams
-                # Half of the device is left to others that may be using it. Tiles of few registers
-                # leave a third, for three of them run on a multiprocessor.
-                few_registers = wide and itemsize <= 4 and not coupled
                 if pieces <= (at_once if few_registers else at_once // 2):
                     held.append(items_of(index, _kind(kind + HELD, wide), teams, pieces))
                 else:
@@ -238,6 +238,18 @@ def _flat(index: int, n: int, tile: int, aligned: bool) -> list[Items]:
     full = n // tile if aligned else 0
     rest = items_of(index, _kind(FLAT, False), ceil_div(n, tile))[full:]
     return [items_of(index, _kind(FLAT, True), full), rest]
+
+
+def _split(view: GroupView) -> bool:
+    """Return whether tiles share a view's groups, or have columns."""
+    return view.grouped and (view.outer > 1 or view.inner > LONGEST)
+
+
+def _wide(view: GroupView, at_16: bool, vector: int) -> bool:
+    """Return whether each tile of a view with groups begins and ends between vectors."""
+    if _split(view) and view.inner <= COLUMNS:
+        return at_16 and view.inner == 1 and view.groups % vector == 0
+    return at_16 and view.inner % vector == 0
 
 
 def _kind(kind: int, aligned: bool) -> int:

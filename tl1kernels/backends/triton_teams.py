@@ -137,37 +137,37 @@ def _decide_columns(
     COLUMNS: tl.constexpr, A: tl.constexpr, Couple: tl.constexpr,
 ):
     """Leave for the team what becomes of its panel's groups, from what its tiles have left."""
-    all_squares = tl.zeros([COLUMNS], tl.float64)
-    all_total = tl.zeros([COLUMNS], tl.float64)
-    top = tl.zeros([COLUMNS], A)
-    piece_of_top = tl.zeros([COLUMNS], tl.int32)
-    at_top = tl.zeros([COLUMNS], tl.int32)
+    # Each thread adds up its own pieces: the team waits, and would wait for a barrier a turn.
     r = tl.arange(0, PIECES_AT_A_TIME)[:, None]
+    top = tl.zeros([PIECES_AT_A_TIME, COLUMNS], A)
+    all_squares = top.to(tl.float64)
+    all_total = all_squares
+    piece_of_top = r + tl.zeros([PIECES_AT_A_TIME, COLUMNS], tl.int32)  # the first with the largest
     for i in range(0, pieces.to(tl.int32), PIECES_AT_A_TIME):
         there = (r < pieces - i) & inside[None, :]
         some = of_block[None, :] + (i + r) * row_length
-        in_pieces = tl.load(some, mask=there, other=0.0)
-        all_squares += tl.sum(in_pieces.to(tl.float64), axis=0)
+        all_squares += tl.load(some, mask=there, other=0.0).to(tl.float64)
         if Couple is not None:
-            in_pieces = tl.load(some + n_partials, mask=there, other=0.0)
-            all_total += tl.sum(in_pieces.to(tl.float64), axis=0)
+            all_total += tl.load(some + n_partials, mask=there, other=0.0).to(tl.float64)
             in_pieces = tl.load(some + 2 * n_partials, mask=there, other=0.0)
-            best = tl.max(in_pieces, axis=0)
-            at_best = tl.min(tl.where(in_pieces == best[None, :], r, NOWHERE), axis=0)
-            places = tl.load(some + 3 * n_partials, mask=there, other=0.0).to(tl.int32)
-            picked = tl.sum(tl.where(r == at_best[None, :], places, 0), axis=0)
-            piece_of_top = tl.where(best > top, i + at_best, piece_of_top)
-            at_top = tl.where(best > top, picked, at_top)
-            top = tl.maximum(top, best)
-    squares = all_squares.to(A)
-    total = all_total.to(A)
+            piece_of_top = tl.where(in_pieces > top, i + r, piece_of_top)
+            top = tl.maximum(top, in_pieces)
+    squares = tl.sum(all_squares, axis=0).to(A)
+    total = squares
+    highest = squares
+    piece = tl.zeros([COLUMNS], tl.int32)
+    at_top = piece
+    if Couple is not None:
+        total = tl.sum(all_total, axis=0).to(A)
+        highest = tl.max(top, axis=0)
+        piece = tl.min(tl.where(top == highest[None, :], piece_of_top, 1 << 30), axis=0)
+        of_piece = of_block + 3 * n_partials + piece * row_length
+        at_top = tl.load(of_piece, mask=inside, other=0.0).to(tl.int32)
     if inner > 1:
-        squares, total, top, piece_of_top, at_top = _of_neighbours(
-            squares, total, top, piece_of_top, at_top, inner, Couple
+        squares, total, highest, piece, at_top = _of_neighbours(
+            squares, total, highest, piece, at_top, inner, Couple
         )
-    _decide(
-        own_factors, n_factors, inside, squares, total, top, piece_of_top, at_top, c, A, Couple
-    )
+    _decide(own_factors, n_factors, inside, squares, total, highest, piece, at_top, c, A, Couple)
 
 
 @triton.jit
