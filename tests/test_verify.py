@@ -17,6 +17,7 @@ from tl1kernels import backends, cli, oracles
 from tl1kernels.backends import reference
 from tl1kernels.penalties import Penalty, Regularizer
 from tl1kernels.verify import GROUPINGS, RULES, Report, bounds, checks, verify
+from tl1kernels.views import view_of
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)
@@ -388,7 +389,10 @@ def test_the_bounds_are_those_that_the_readme_promises():
     assert f"half an ulp of bfloat16 that may be {on_gpu[1]:g}." in readme
 
 
-SECTIONS = {"prox", "zeros", "many weights", "tensors", "20 steps, lam = 0", "stochastic rounding"}
+SECTIONS = {
+    *("prox", "zeros", "many weights", "tensors", "20 steps, lam = 0", "stochastic rounding"),
+    "large tensors",
+}
 
 
 @pytest.mark.skipif(backends.native.unavailable() is not None, reason="no native library")
@@ -404,6 +408,44 @@ def test_every_section_finds_a_planted_error(monkeypatch):
     monkeypatch.setattr(backends.native, "scalar_table", wrong)
     failed = {check.section for check in verify("cpu", 3, ["l1", None]).checks if not check.passed}
     assert failed >= SECTIONS | {f"step {rule}" for rule in RULES}
+
+
+def _a_stale_tail(batch):
+    for entry in batch.entries:
+        if entry.param.numel() > 720:
+            entry.param[:, -1] = 0
+
+
+def _wrong_wide_state(batch):
+    for entry in batch.entries:
+        for name in batch.rule.state:
+            if entry.param.dtype == torch.float32:
+                entry.state[name].mul_(1.001)
+
+
+def _lost_state(batch):
+    for entry in batch.entries:
+        for name in batch.rule.state if entry.terms.elementwise + entry.terms.group > 0 else ():
+            entry.state[name].zero_()
+
+
+@pytest.mark.skipif(backends.native.unavailable() is not None, reason="no native library")
+@pytest.mark.parametrize("spoil", [_a_stale_tail, _wrong_wide_state, _lost_state])
+def test_what_a_step_leaves_wrong_in_large_tensors_and_in_state_is_found(monkeypatch, spoil):
+    monkeypatch.setattr("tl1kernels.verify.PARTS", (checks._large,))
+    run = backends.native.run
+    monkeypatch.setattr(backends.native, "run", lambda batch: (run(batch), spoil(batch)))
+    assert not verify("cpu", penalties=["tl1"]).passed
+
+
+@pytest.mark.skipif(backends.native.unavailable() is not None, reason="no native library")
+def test_large_tensors_take_two_sweeps_where_small_ones_take_one():
+    with tk.use_backend("cpu"):
+        shape = checks._large_shape()
+    for group_by in ("in", "layer"):
+        view = view_of(torch.empty(shape), group_by)
+        tiles = torch.ops.tl1kernels.cpu_tiles(view.blocks, view.outer, view.groups, view.inner)
+        assert set(tiles[::7]) == {2}
 
 
 def test_a_planted_error_of_weighted_groups_is_found(monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tl1kernels import backends, oracles
-from tl1kernels.backends import triton_launch
+from tl1kernels.backends import cuda, triton_launch
 from tl1kernels.functional import prox
 from tl1kernels.optim import ProxAdam, ProxAdamW, ProxSGD
 from tl1kernels.penalties import PENALTIES
@@ -239,6 +239,45 @@ def _many(
             yield _check("many weights", name, dtype, "the reference in float64", errors, bound)
 
 
+def _large_shape() -> tuple[int, int]:
+    """Return the shape of a matrix that the asked-for backend takes in more than one piece.
+
+    Native code has columns and layers of this one in two sweeps. Interpreters are slow.
+    """
+    if backends.asked_for() == "triton" and triton_launch.interpreting():
+        return 66, 70
+    return (130, 260) if backends.asked_for() == "cuda" and cuda.emulated() else (512, 700)
+
+
+def _large(
+    generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
+) -> Iterator[Check]:
+    """Check three steps on large tensors against the reference, which takes the same ones.
+
+    What small tensors and single steps do not show: the tiles of large ones, and what a step
+    leaves in the state. Under penalties whose prox does not jump here, or a rounding would decide.
+    """
+    steady = [name for name in penalties if name in (None, "tl1", "l1")]
+    if backends.asked_for() == "reference" or not steady:
+        return
+    others = cycle(dtype for dtype in FLOAT_DTYPES if dtype != torch.float32)
+    for penalty, (name, (ours, _, options)) in zip(cycle(steady), RULES.items(), strict=False):
+        for dtype in (torch.float32, next(others)):
+            shape, errors = _large_shape(), []
+            for group_by in (None, "out", "in", "layer"):
+                start, *gradients = (
+                    torch.from_numpy(generator.normal(size=shape)).to(dtype) for _ in range(4)
+                )
+                terms = {"lam": 0.1, "penalty": penalty, "group_by": group_by, "lr": 0.1}
+                got = _train(ours, start, gradients, {**options, **terms}, device)
+                with backends.use_backend("reference"):
+                    want = _train(ours, start, gradients, {**options, **terms}).double().numpy()
+                errors.append(_ulps(got, want, np.full(shape, np.abs(want).max())))
+            row = f"{name}, {penalty or 'no penalty'}"
+            bound, unit = 4 * max(bounds.step[dtype], 1), "ulp of the largest weight"
+            yield _check("large tensors", row, dtype, "the reference", errors, bound, unit)
+
+
 def _bits(
     generator: np.random.Generator, bounds: Bounds, device: torch.device, penalties: Penalties
 ) -> Iterator[Check]:
@@ -247,9 +286,7 @@ def _bits(
     A step on every grouping, large enough that native code gives each thread a part of it. The
     update rules come in turn.
     """
-    interpreted = backends.asked_for() == "triton" and triton_launch.interpreting()
-    native = backends.asked_for() == "cpu"
-    shape = (300, 700) if native else (66, 70) if interpreted else (130, 260)
+    native, shape = backends.asked_for() == "cpu", _large_shape()
     rules = cycle(RULES.values())
     for (ours, _, options), (penalty, dtype) in zip(
         rules, product(penalties, FLOAT_DTYPES), strict=False
@@ -344,7 +381,7 @@ def _patterns(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-PARTS = (_thresholds, _many, _groups, _rules, _steps, _roundings, _bits)
+PARTS = (_thresholds, _many, _groups, _rules, _steps, _large, _roundings, _bits)
 """All that is checked: functions of the generator, the bounds, the device and the penalties."""
 
 
