@@ -14,8 +14,8 @@ namespace {
 // v -> factor * v, never -0.
 template <class A>
 [[gnu::always_inline]] inline A scaled(A factor, A v) {
-  // Adding +0 in the same operation does it.
-  return FUSED ? mul_add(factor, v, A(0)) : factor * v + A(0);
+  // Not in one operation: a product too small for A would round to the zero of its sign.
+  return factor * v + A(0);
 }
 
 // Earlier weights, as many as the next ones, whole chunks, which are scaled meanwhile.

@@ -1,5 +1,6 @@
 // The op tl1kernels::step_ on the CPU: checks its arguments, picks the kernels, runs the schedule.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -205,7 +206,7 @@ void run(const std::vector<Step>& steps, Schedule& plan, RunTile run_tile) {
 
 // Whether four sizes are those of a view of `numel` elements; no product of them may overflow.
 bool is_view_of(const int64_t* sizes, int64_t numel) {
-  if (numel == 0) return true;
+  if (numel == 0) return *std::min_element(sizes, sizes + 4) == 0;
   int64_t product = 1;
   for (int i = 0; i < 4; i++) {
     if (sizes[i] <= 0 || sizes[i] > numel / product) return false;
@@ -281,14 +282,14 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     for (size_t k = 0; k < MAX_STATES; k++) {
       s.state[k] = k < shaped ? state[i * each + k].mutable_data_ptr() : nullptr;
     }
-    s.blocks = v[0], s.outer = v[1], s.groups = v[2], s.inner = v[3];
+    if (numel > 0) s.blocks = v[0], s.outer = v[1], s.groups = v[2], s.inner = v[3];
   }
   for (size_t i = 0; i < n; i++) {
     Step& s = steps[i];
     const Scalars& c = scalar[i];
     s.rule = rule_row;
     s.penalty = c.elementwise > 0 ? penalty_row : -1;
-    s.coupled = c.elementwise > 0 ? coupled_row : -1;
+    s.coupled = c.lr * c.elementwise > 0 ? coupled_row : -1;
     s.clean = c.elementwise > 0 || c.group > 0;
     s.at_random = seed.has_value();
     s.key = random_key(seed.value_or(0), static_cast<int64_t>(i));

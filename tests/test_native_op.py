@@ -69,6 +69,13 @@ def counted(steps):
         ({"views": torch.tensor([[-1, 1, -2, 3]])}, "views must have the number of elements"),
         ({"views": torch.tensor([[1, 1, -2, -3]])}, "views must have the number of elements"),
         ({"views": torch.tensor([[1, 2**62, 4, 6]])}, "views must have the number of elements"),
+        (
+            {
+                **{name: [torch.empty(0)] for name in ("params", "grads")},
+                "views": torch.tensor([[1, 1, 300_000, 7]]),
+            },
+            "views must have the number of elements",
+        ),
         ({"views": torch.tensor([[1.0, 1, 2, 3]])}, "views has the wrong dtype"),
         ({"views": torch.tensor([[1, 1, 2]])}, "views must have 4 elements"),
         ({"views": torch.ones(4, 2, dtype=torch.int64)[:, :1]}, "must be contiguous"),

@@ -172,6 +172,23 @@ def test_parameters_that_share_memory_are_updated_one_after_the_other(momentum):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+def test_16_bit_parameters_with_masters_that_share_memory_are_updated_one_after_the_other():
+    results = []
+    for backend in ("reference", None):
+        memory = torch.randn(4000, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+        params = [torch.nn.Parameter(x) for x in (memory, memory.view(-1))]
+        groups = [{"params": p, "group_by": by} for p, by in zip(params, ("in", None), strict=True)]
+        optimizer = tk.ProxSGD(groups, lr=0.5, lam=1.0, master_weights=True, min_ndim=0)
+        with tk.use_backend(backend):
+            for seed in range(3):
+                for p in params:
+                    generator = torch.Generator().manual_seed(seed)
+                    p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+                optimizer.step()
+        results.append(memory.float())
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
 def test_parameters_that_share_memory_are_in_batches_one_after_the_other():
     here = torch.zeros(60_000)
     params = [torch.nn.Parameter(x) for x in (here, here[:40_000], here[50_000:], here[5:9])]

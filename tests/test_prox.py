@@ -265,6 +265,14 @@ def test_out_may_overlap_v(shift):
     assert torch.equal(tk.prox(v, 0.1, group_by="in", out=out), want)
 
 
+def test_out_may_overlap_v_as_memory_of_others():
+    """NumPy's arrays of the same memory are storages of their own."""
+    memory = np.arange(1, 3002, dtype=np.float32)
+    v, out = torch.from_numpy(memory[:-1]), torch.from_numpy(memory[1:])
+    want = tk.prox(v.clone(), 0.5, penalty="l1")
+    assert torch.equal(tk.prox(v, 0.5, penalty="l1", out=out), want)
+
+
 def test_a_tensor_with_gaps_can_be_read_but_not_written_in_place():
     wide = torch.randn(6, 8, dtype=torch.float64)
     v = wide[:, ::2]
@@ -297,6 +305,43 @@ def test_dead_weights_are_plus_zero(dtype, penalty):
             w = tk.prox(v.repeat(1, width), 0.1, penalty=penalty, mu=mu, group_by=group_by)
             assert (bits(w)[w == 0] == 0).all(), (mu, group_by, width, w)
     assert (bits(tk.prox(v, 0.1, penalty=penalty, mu=0.5, group_by=0))[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [3, 512, 9000])
+def test_a_weight_is_plus_zero_that_its_groups_factor_makes_too_small(dtype, width):
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    v = torch.full((1, width), -least, dtype=dtype)
+    v[0, 0] = 1.5
+    for group_by in ("out", "layer"):
+        w = tk.prox(v, 1.0, penalty=None, group_by=group_by)
+        assert w[0, 0] == pytest.approx(0.5)
+        assert (bits(w)[0, 1:] == 0).all()
+
+
+def test_a_zero_is_plus_zero_where_the_threshold_is_zero():
+    """At lr = 0, as warm-up begins, with groups alone."""
+    v = torch.tensor([[-0.0, 1.0]])
+    w = tk.prox(v, 0.0, penalty=None, group_by="out")
+    assert bits(w).tolist() == bits(torch.tensor([[0.0, 1.0]])).tolist()
+
+
+@pytest.mark.parametrize("penalty", COUPLED)
+def test_a_coupled_penalty_that_weighs_nothing_does_nothing(penalty):
+    """To infinities and NaN, too, and to weights whose squares are 0."""
+    if penalty in ON_THE_REFERENCE_ALONE[asked_for()]:
+        pytest.skip(f"{penalty} runs on the reference alone")
+    v = torch.tensor([[3e-38, 3e-38, 3e-38], [1.0, math.inf, 2.0], [1.0, math.nan, 2.0]])
+    if asked_for() == "triton":
+        v = v[:1]  # there a group with one of those becomes NaN, as at any other step size
+    for step, mu in ((0.0, 1.0), (0.1, 0.0), (0.0, 0.0)):
+        if mu == 1.0:
+            w = tk.prox(v, step, penalty=penalty, mu=mu, group_by="out")
+            torch.testing.assert_close(w, v, rtol=0, atol=0, equal_nan=True)
+        else:
+            alone = tk.prox(v, step, penalty=None, group_by="out")
+            w = tk.prox(v, step, penalty=penalty, mu=mu, group_by="out")
+            torch.testing.assert_close(w, alone, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("step", [0.0, 0.1])

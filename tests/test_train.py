@@ -339,7 +339,14 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert "pip install 'tl1kernels[train]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"chosen": {"l1": {"lam": 1}}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"chosen": {"l1": {"lam": 1}}}'),
+        '{"chosen": {"l1": {"lam": NaN, "a": 1}}}',
+        '{"chosen": {"l1": {"lam": 1, "a": 0}}}',
+    ],
+)
 def test_a_broken_file_of_what_was_chosen_is_named_with_what_to_do(content, tmp_path, capsys):
     (tmp_path / "chosen.json").write_text(content)
     assert cli.main(["train", "digits", "--out", str(tmp_path), "--epochs", "1"]) == 2
@@ -358,6 +365,15 @@ def test_a_damaged_run_is_named_and_trained_again_once_it_is_removed(tmp_path):
             run.run_to_file(setting, tmp_path, NOWHERE)
         assert str(damaged.value).startswith(f"{file} cannot be read as the result of a run")
     file.unlink()
+    (weights,) = tmp_path.glob("*.pt")
+    run.run_to_file(setting, tmp_path, NOWHERE)
+    for content in (b"", weights.read_bytes()[:-99], b"3"):
+        weights.write_bytes(content)
+        with pytest.raises(run.DamagedRunError, match="remove it") as damaged:
+            run.run_to_file(setting, tmp_path, NOWHERE)
+        assert str(damaged.value).startswith(f"{weights} cannot be read as the result of a run")
+        assert "\n" not in str(damaged.value)
+    weights.unlink()
     assert run.run_to_file(setting, tmp_path, NOWHERE)["accuracy"] == first["accuracy"]
 
 

@@ -1,5 +1,6 @@
 """The data sets of `tl1kernels train`: small files in the real formats; what is said without."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -220,6 +221,33 @@ def test_a_broken_file_is_named_with_what_to_do(name, file, content, tmp_path, c
     assert "remove it, and it is fetched again, or put the file of its authors there" in error
 
 
+PENDIGIT = ",".join(["50"] * 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "says"),
+    [
+        ("mnist", "train-labels-idx1-ubyte.gz", np.zeros(7), "and a label for each"),
+        ("mnist", "t10k-images-idx3-ubyte.gz", np.zeros(9), "and a label for each"),
+        ("mnist", "t10k-labels-idx1-ubyte.gz", np.full(TEST, 200), "from 0 to 200, of 10"),
+        ("pendigits", "pendigits.tes", f"{PENDIGIT},10\n", "from 0 to 10, of 10 classes"),
+        ("pendigits", "pendigits.tes", f"nan{PENDIGIT[2:]},1\n", "not all inputs are finite"),
+    ],
+    ids=["too few", "no images", "no such class", "one class more", "not finite"],
+)
+def test_files_that_do_not_belong_together_are_named(name, file, content, says, tmp_path, capsys):
+    write_small(name, tmp_path)
+    if name == "mnist":
+        write_idx(tmp_path / file, content)
+    else:
+        (tmp_path / file).write_text(content)
+    assert cli.main(["train", name, "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert file in error
+    assert says in error
+    assert error.count("\n") == 1
+
+
 def test_files_are_fetched_once_and_their_checksum_is_checked(tmp_path, monkeypatch):
     """By file:// URLs, which take the same way as https:// ones."""
     published, folder = tmp_path / "published", tmp_path / "data"
@@ -228,7 +256,7 @@ def test_files_are_fetched_once_and_their_checksum_is_checked(tmp_path, monkeypa
     def source(md5):
         names = ("pendigits.tra", "pendigits.tes")
         files = tuple(data.File(f"{published.as_uri()}/{name}", md5(name)) for name in names)
-        return data.Source(data.DATA["pendigits"].read, files)
+        return dataclasses.replace(data.DATA["pendigits"], files=files)
 
     with pytest.raises(data.MissingDataError, match="does not have the checksum 0123"):
         source(lambda name: "0123").load("PENDIGITS", "test", folder)

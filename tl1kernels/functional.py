@@ -143,7 +143,10 @@ compiled.define(
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    """Return whether the storages overlap: NumPy's arrays come as storages of their own."""
+    a_begin, b_begin = (x.untyped_storage().data_ptr() for x in (a, b))
+    a_end, b_end = a_begin + a.untyped_storage().nbytes(), b_begin + b.untyped_storage().nbytes()
+    return a_begin < b_end and b_begin < a_end
 
 
 def prox_(v: Tensor, step: float | Tensor, **options: Unpack[Options]) -> Tensor:

@@ -29,7 +29,7 @@ def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
             "Inplace update to inference tensor outside InferenceMode is not allowed: clone it "
             "outside of torch.inference_mode()"
         )
-    turns = _turns([entry.param for _, _, entry, _ in work])
+    turns = _turns([e.param if e.copy is None else e.copy for _, _, e, _ in work])
     for turn, (rule, penalty, entry, grad) in zip(turns, work, strict=True):
         p, copy = entry.param, entry.copy
         stochastic = entry.stochastic and p.dtype == torch.bfloat16

@@ -237,6 +237,8 @@ def l1_minus_l2(v: Tensor, step: float, terms: Terms) -> Tensor:
     threshold, the largest weight (of equal ones the first in memory) stays as it is, and alone.
     """
     tau = step * terms.elementwise
+    if tau == 0:
+        return v
     size = v.abs()
     soft = (size - tau).clamp(min=0)
     norms = group_norms(soft)
@@ -253,7 +255,9 @@ def exclusive(v: Tensor, step: float, terms: Terms) -> Tensor:
 
     That is the largest of tau S_k / (1 + tau k), S_k the sum of the group's k largest magnitudes.
     """
-    tau, size = step * terms.elementwise, v.abs()
+    if (tau := step * terms.elementwise) == 0:
+        return v
+    size = v.abs()
     falling = size.permute(0, 2, 1, 3).flatten(2).sort(dim=2, descending=True).values
     k = torch.arange(1, falling.shape[2] + 1, dtype=v.dtype, device=v.device)
     cuts = (tau * falling.cumsum(2) / (1 + tau * k)).amax(2)
@@ -267,8 +271,10 @@ def cges(v: Tensor, step: float, terms: Terms) -> Tensor:
     that the shrunk group had before, where the prox of ||w_g||_1^2 / 2 has the norm after it.
     """
     w = shrink_groups(v, step * terms.group) if step * terms.group > 0 else v
+    if (tau := step * terms.elementwise) == 0:
+        return w
     size = w.abs()
-    cut = step * terms.elementwise * size.sum(dim=(1, 3), keepdim=True)
+    cut = tau * size.sum(dim=(1, 3), keepdim=True)
     return (size - cut).clamp(min=0).copysign(v)
 
 

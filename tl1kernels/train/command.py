@@ -78,19 +78,23 @@ def _search(args: argparse.Namespace, console: Console) -> int:
         numbers = (f"{100 * row[name]:.1f}" for name in ("accuracy", "parameters"))
         table.add_row(report.TITLES[method], f"{row['lam']:g}", f"{row['a']:g}", *numbers)
     console.print(table)
+    for line in experiment.at_the_edge(args.dataset, chosen):
+        console.print(line, soft_wrap=True, highlight=False)
     path = args.out / "chosen.json"
     path.write_text(json.dumps({"command": _command(args), "chosen": chosen}, indent=2) + "\n")
     console.print(f"Written to {path}; the same command without --search uses it", soft_wrap=True)
     return 0
 
 
-def _chosen(args: argparse.Namespace) -> Mapping[str, Mapping[str, float]]:
+def _chosen(args: argparse.Namespace, console: Console) -> Mapping[str, Mapping[str, float]]:
     """Return the options that a search in the same folder chose, else those of the package."""
-    files = [experiment.chosen_path(args.dataset), args.out / "chosen.json"]
+    of_package, own = experiment.chosen_path(args.dataset), args.out / "chosen.json"
     chosen: dict[str, dict[str, float]] = {}
-    for file in files:
-        if file.exists():
-            chosen |= _read_chosen(file)
+    if of_package.exists():
+        chosen |= _read_chosen(of_package)
+    if own.exists():
+        chosen |= _read_chosen(own)
+        console.print(f"lam and a are those of {own}", soft_wrap=True, highlight=False)
     missing = [method for method in args.methods if method not in chosen]
     if missing:
         raise UsageError(
@@ -103,7 +107,10 @@ def _chosen(args: argparse.Namespace) -> Mapping[str, Mapping[str, float]]:
 def _read_chosen(file: Path) -> dict[str, dict[str, float]]:
     try:
         rows = json.loads(file.read_text())["chosen"].items()
-        return {method: {name: float(row[name]) for name in ("lam", "a")} for method, row in rows}
+        chosen = {method: {name: float(row[name]) for name in ("lam", "a")} for method, row in rows}
+        for of in chosen.values():
+            tk.penalty_value(torch.zeros(1), lam=of["lam"], a=of["a"])  # raises if they are none
+        return chosen
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{file} cannot be read as what a search chose ({type(error).__name__}: {error}): "
@@ -117,7 +124,7 @@ def _final(args: argparse.Namespace, examples: torch.Tensor, console: Console) -
         args.methods,
         args.seeds,
         args.epochs,
-        _chosen(args),
+        _chosen(args, console),
         args.paper,
         curves=not args.tables,
     )

@@ -88,11 +88,15 @@ class Source:
     Attributes:
         read: one path per file -> inputs, labels, and how many of the rows are the training set;
             None where its authors left the split to the user.
+        shape: of an input.
+        classes: how many there are; labels count them from 0.
         standardize: whether each feature or channel is taken to mean 0 and deviation 1 on the
             rows that a run fits.
     """
 
     read: Callable[..., tuple[np.ndarray, np.ndarray, int | None]]
+    shape: tuple[int, ...]
+    classes: int
     files: tuple[File, ...] = ()
     standardize: bool = False
 
@@ -111,6 +115,7 @@ class Source:
         if evaluate_on not in ("validation", "test"):
             raise ValueError(f"evaluate_on must be 'validation' or 'test', got {evaluate_on!r}")
         inputs, labels, n_train = self.read(*self._paths(name, folder))
+        self._check(name, inputs, labels)
         if n_train is None:
             train, test = _divide(np.arange(len(labels)), labels, 1 / 5)
         else:
@@ -126,6 +131,19 @@ class Source:
             inputs = (inputs - mean) / np.maximum(deviation, 1e-12)
         x, y = torch.from_numpy(np.float32(inputs)), torch.from_numpy(np.int64(labels))
         return Data(x[fit], y[fit], x[judge], y[judge])
+
+    def _check(self, name: str, inputs: np.ndarray, labels: np.ndarray) -> None:
+        """Raise ValueError unless inputs and labels are of the data set's kind."""
+        if inputs.shape[1:] != self.shape:
+            problem = f"inputs have the shape {inputs.shape[1:]}, not {self.shape}"
+        elif not np.isfinite(inputs).all():
+            problem = "not all inputs are finite"
+        elif labels.min() < 0 or labels.max() >= self.classes:
+            problem = f"labels are from {labels.min()} to {labels.max()}, of {self.classes} classes"
+        else:
+            return
+        files = " and ".join(file.name for file in self.files)
+        raise ValueError(f"{files} cannot be those of {name}: {problem}")
 
     def _paths(self, name: str, folder: Path) -> list[Path]:
         missing = [file for file in self.files if not file.find(folder)]
@@ -177,6 +195,12 @@ def read_idx(path: Path) -> np.ndarray:
 
 def _read_mnist(*paths: Path) -> tuple[np.ndarray, np.ndarray, int]:
     images, labels, test_images, test_labels = map(read_idx, paths)
+    for i, (x, y) in enumerate(((images, labels), (test_images, test_labels))):
+        if x.ndim != 3 or y.shape != x.shape[:1]:
+            raise ValueError(
+                f"{paths[2 * i]} and {paths[2 * i + 1]} must have images and a label for each, "
+                f"got arrays of the shapes {x.shape} and {y.shape}"
+            )
     inputs = np.concatenate([images, test_images])[:, None] / np.float32(255)
     return inputs, np.concatenate([labels, test_labels]), len(labels)
 
@@ -230,10 +254,12 @@ _UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases"
 
 DATA = {
     # 1,797 images of 8 x 8, ten classes; comes with scikit-learn
-    "digits": Source(_read_digits),
+    "digits": Source(_read_digits, (1, 8, 8), 10),
     # 60,000 + 10,000 images of 28 x 28, ten classes
     "mnist": Source(
         _read_mnist,
+        (1, 28, 28),
+        10,
         _idx_files(
             "https://ossci-datasets.s3.amazonaws.com/mnist",
             "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -244,6 +270,8 @@ DATA = {
     ),
     "fashion_mnist": Source(
         _read_mnist,
+        (1, 28, 28),
+        10,
         _idx_files(
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
             "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -255,15 +283,23 @@ DATA = {
     # 7,494 + 3,498 digits as eight points of a pen's way each, ten classes
     "pendigits": Source(
         _read_pendigits,
+        (16,),
+        10,
         (File(f"{_UCI}/pendigits/pendigits.tra"), File(f"{_UCI}/pendigits/pendigits.tes")),
     ),
     # Sensorless Drive Diagnosis: 58,509 rows of 48 features of very different sizes, 11 classes
     "sdd": Source(
-        _read_sdd, (File(f"{_UCI}/00325/Sensorless_drive_diagnosis.txt"),), standardize=True
+        _read_sdd,
+        (48,),
+        11,
+        (File(f"{_UCI}/00325/Sensorless_drive_diagnosis.txt"),),
+        standardize=True,
     ),
     # 50,000 + 10,000 colour images of 32 x 32, ten classes
     "cifar10": Source(
         _read_cifar10,
+        (3, 32, 32),
+        10,
         (
             File(
                 "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",

@@ -185,6 +185,18 @@ def choose(results: Iterable[Result]) -> dict[str, dict[str, float]]:
     return chosen
 
 
+def at_the_edge(dataset: str, chosen: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return a sentence for each method whose best lam may lie beyond those that were tried."""
+    recipe = RECIPES[dataset]
+    lines = []
+    for method, row in chosen.items():
+        lams = sorted(recipe.lam.get(method, recipe.grid))
+        if method != "none" and row["lam"] in (lams[0], lams[-1]):
+            end = "smallest" if row["lam"] == lams[0] else "largest"
+            lines.append(f"{method}: lam {row['lam']:g} is the {end} that was tried")
+    return lines
+
+
 def chosen_path(dataset: str) -> Path:
     """Return the committed file that holds a data set's chosen options."""
     return Path(__file__).parent / "chosen" / f"{dataset}.json"

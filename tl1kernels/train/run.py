@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -132,6 +133,11 @@ def accuracy(network: torch.nn.Module, data: Data) -> float:
     return right / len(data.eval_labels)
 
 
+RESULT = {"setting", "accuracy", "sparsity", "history", "seconds", "environment"}
+"""What a result file has, at least."""
+_BROKEN = RuntimeError, EOFError, pickle.UnpicklingError  # of torch.load
+
+
 class DamagedRunError(Exception):
     """A result file is not what a run wrote; the message names it and says what to do."""
 
@@ -147,13 +153,18 @@ def run_to_file(setting: Setting, folder: Path, data_folder: Path) -> dict[str, 
     """
     target = folder / f"{setting.file_name}.json"
     if target.exists() and target.with_suffix(".pt").exists():
+        file = target
         try:
             known = json.loads(target.read_text())
-            current = known["environment"] == environment()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            current = known["environment"] == environment() and known.keys() >= RESULT
+            file = target.with_suffix(".pt")
+            if current:
+                torch.load(file, weights_only=True)
+        except (OSError, ValueError, KeyError, TypeError, *_BROKEN) as error:
+            reason = str(error).partition("\n")[0]
             raise DamagedRunError(
-                f"{target} cannot be read as the result of a run ({type(error).__name__}: "
-                f"{error}): remove it, and the same command trains that run again"
+                f"{file} cannot be read as the result of a run ({type(error).__name__}: {reason}): "
+                "remove it, and the same command trains that run again"
             ) from error
         if current:
             return known
