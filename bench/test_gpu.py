@@ -1,8 +1,8 @@
 """What a step costs on a GPU, beside a copy of as many bytes and torch's fused optimizers.
 
 Run: python -m pytest bench/test_gpu.py --benchmark-enable --json-out gpu.json   (or bench/gpu.sh)
-Each case first checks its step against the reference, and the kernels that it takes, on fresh
-random input. A ratio above its bound is a failure.
+Each case first checks its step against the reference on fresh random input; those of one large
+matrix, by group, also the kernels that they take. A ratio above its bound is a failure.
 """
 
 import pytest
@@ -17,6 +17,8 @@ from tl1kernels.bench.cases import (
     MODELS,
     REGULARIZER,
     RULES,
+    Case,
+    disagreement,
     eager_step,
     fresh,
     step_bytes,
@@ -70,9 +72,10 @@ def work_of(step):
 def check_step(rule, dtype, group_by, **options):
     """Compare two steps with the reference's."""
     results = []
+    seed = torch.seed()
     for backend in (backends.asked_for(), "reference"):
-        torch.manual_seed(1)
-        p = fresh((1024, 1024), dtype, "cuda")
+        torch.manual_seed(seed)
+        p = fresh((SIZE, SIZE), dtype, "cuda")
         step = step_of(rule, p, group_by=group_by, **REGULARIZER, **options)
         with tk.use_backend(backend):
             step()
@@ -80,7 +83,9 @@ def check_step(rule, dtype, group_by, **options):
         results.append(p.detach())
     got, want = results
     tolerance = 8 * torch.finfo(dtype).eps * want.abs().max().item()
-    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        got, want, rtol=0, atol=tolerance, msg=lambda text: f"{text}\ntorch's seed: {seed}"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,6 +125,7 @@ def test_stochastic_rounding(against_on_gpu, backend):
 @pytest.mark.parametrize("model", MODELS)
 def test_a_models_parameters(against_on_gpu, backend, model, rule):
     shapes = MODELS[model]()
+    assert disagreement(Case(model, rule, REGULARIZER, tuple(shapes)), "cuda") == ""
     ours, torchs, options, _ = RULES[rule]
     mine, theirs = ([fresh(shape, device="cuda") for shape in shapes] for _ in range(2))
     peer = f"torch {rule}, fused, no prox"
@@ -135,6 +141,7 @@ def test_a_models_parameters(against_on_gpu, backend, model, rule):
 
 def test_a_models_parameters_while_lr_changes(against_on_gpu, backend):
     shapes = MODELS["ResNet-50"]()
+    assert disagreement(Case("", "SGD", REGULARIZER, tuple(shapes)), "cuda") == ""
     mine, theirs = ([fresh(shape, device="cuda") for shape in shapes] for _ in range(2))
     peer = "torch SGD, fused, no prox"
     against_on_gpu(
@@ -159,6 +166,7 @@ def changing_lr(optimizer):
 
 
 def test_the_papers_step_eager_and_compiled(against_on_gpu, backend):
+    check_step("SGD", torch.float32, "out")
     p, q, r = (fresh((SIZE, SIZE), device="cuda") for _ in range(3))
     compiled = torch.compile(eager_step)
     eager, fused = "the paper's step, eager", "the paper's step, torch.compile"

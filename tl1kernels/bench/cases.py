@@ -202,13 +202,7 @@ def growth(side: int, device: str) -> Iterator[Case]:
 
 def sides(case: Case, device: str) -> dict[str, Step]:
     """Return what is called in turn, on one memory; torch's is lacking for the prox alone."""
-    params = [fresh(shape, case.dtype, device) for shape in case.shapes]
-    with torch.no_grad():
-        for p in params if case.zeros else ():
-            alive = torch.rand_like(p) >= case.zeros
-            p.mul_(alive)
-            if p.grad is not None:
-                p.grad.mul_(alive)
+    params = _params(case, case.shapes, device)
     if case.rule is None:
         (p,) = params
         v = p.detach()
@@ -217,15 +211,30 @@ def sides(case: Case, device: str) -> dict[str, Step]:
     return {"ours": ours, PEER: theirs}
 
 
+def _params(case: Case, shapes: Iterable[tuple[int, ...]], device: str) -> list[Tensor]:
+    """Return new parameters with gradients; of both the case's share is zeros."""
+    params = [fresh(shape, case.dtype, device) for shape in shapes]
+    with torch.no_grad():
+        for p in params if case.zeros else ():
+            alive = torch.rand_like(p) >= case.zeros
+            p.mul_(alive)
+            if p.grad is not None:
+                p.grad.mul_(alive)
+    return params
+
+
 def disagreement(case: Case, device: str) -> str:
-    """Return how two steps differ from the reference's, on smaller tensors; "" if they do not."""
+    """Return how two steps differ from the reference's; "" if they do not.
+
+    On tensors of at most some 600 a dim, which still take the paths of large ones.
+    """
     seed = int(torch.randint(2**31, ()))
-    shapes = [tuple(min(n, 300 + 7 * i) for i, n in enumerate(s)) for s in case.shapes[:20]]
+    shapes = [tuple(min(n, 600 + 7 * i) for i, n in enumerate(s)) for s in case.shapes[:20]]
     results = []
     for backend in (None, "reference"):
         with torch.random.fork_rng(devices=[] if device == "cpu" else None):
             torch.manual_seed(seed)
-            params = [fresh(shape, case.dtype, device) for shape in shapes]
+            params = _params(case, shapes, device)
         if case.rule is None:
             with backends.use_backend(backend or backends.asked_for()):
                 results.append([tk.prox(params[0].detach(), LR, **case.options)])
