@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -375,6 +376,37 @@ def test_a_damaged_run_is_named_and_trained_again_once_it_is_removed(tmp_path):
         assert "\n" not in str(damaged.value)
     weights.unlink()
     assert run.run_to_file(setting, tmp_path, NOWHERE)["accuracy"] == first["accuracy"]
+
+
+def test_a_run_on_other_data_is_run_again(tmp_path, monkeypatch):
+    setting = run.Setting("digits", "l1", 0.3, 1.0, 0, "validation", epochs=1)
+    first = run.run_to_file(setting, tmp_path, NOWHERE)
+    assert run.run_to_file(setting, tmp_path, NOWHERE) == first
+    data = run._data("digits", "validation", NOWHERE)
+    others = dataclasses.replace(data, eval_labels=(data.eval_labels + 1) % 10)
+    monkeypatch.setattr(run, "_data", lambda *_: others)
+    run._checksum.cache_clear()
+    again = run.run_to_file(setting, tmp_path, NOWHERE)
+    run._checksum.cache_clear()
+    assert again["accuracy"] < 0.5 < 2 * first["accuracy"]
+    assert again["data"] != first["data"]
+
+
+def test_a_killed_process_and_a_file_in_a_folders_place_are_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs").touch()
+    command = ["train", "digits", "--epochs", "1", "--methods", "none", "--out", str(tmp_path)]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tl1kernels: --out {tmp_path} cannot be written to: ")
+    assert error.count("\n") == 1
+    (tmp_path / "runs").unlink()
+
+    def killed(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(experiment, "as_completed", killed)
+    assert cli.main(command) == 130
+    assert "a run's process was killed" in capsys.readouterr().out
 
 
 def test_a_damaged_run_is_one_line_and_status_2(tmp_path, capsys):

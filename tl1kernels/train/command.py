@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         return _search(args, console) if args.search else _final(args, examples, console)
     except DamagedRunError as error:
         raise UsageError(str(error)) from error
+    except OSError as error:  # a file where a folder should be, or no room
+        raise UsageError(f"--out {args.out} cannot be written to: {error}") from error
     except experiment.InterruptedRunsError as stop:
         console.print(f"\nInterrupted: {stop}.")
         return 130

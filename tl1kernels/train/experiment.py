@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing.connection import wait
@@ -49,7 +50,7 @@ MOST_LOST = 0.05
 
 
 class InterruptedRunsError(Exception):
-    """Ctrl-C: some runs are on disk, the rest is not."""
+    """Ctrl-C, or a process was killed: some runs are on disk, the rest is not."""
 
 
 def run_all(
@@ -66,7 +67,8 @@ def run_all(
 
     Raises:
         DamagedRunError: a result in `folder` cannot be read.
-        InterruptedRunsError: on Ctrl-C; what was finished is in `folder`, the same call goes on.
+        InterruptedRunsError: on Ctrl-C, or where a process was killed; what was finished is in
+            `folder`, the same call goes on.
     """
     wanted = list(dict.fromkeys(settings))
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,11 @@ def run_all(
             for future in as_completed(futures):
                 results[futures[future]] = future.result()
                 progress.advance(task)
+    except BrokenProcessPool:
+        raise InterruptedRunsError(
+            "a run's process was killed, perhaps for memory: fewer --jobs take less; the same "
+            "command goes on"
+        ) from None
     except KeyboardInterrupt:
         for process in list((pool._processes or {}).values()):
             process.terminate()

@@ -9,6 +9,7 @@ import os
 import pickle
 import platform
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -94,6 +95,7 @@ def train(setting: Setting, data_folder: Path) -> tuple[torch.nn.Module, dict[st
         "iterations_per_epoch": steps // most,
         "seconds": time.perf_counter() - began,
         "environment": environment(),
+        "data": _checksum(setting.dataset, setting.evaluate_on, data_folder),
     }
     return network, result
 
@@ -133,7 +135,7 @@ def accuracy(network: torch.nn.Module, data: Data) -> float:
     return right / len(data.eval_labels)
 
 
-RESULT = {"setting", "accuracy", "sparsity", "history", "seconds", "environment"}
+RESULT = {"setting", "accuracy", "sparsity", "history", "seconds", "environment", "data"}
 """What a result file has, at least."""
 _BROKEN = RuntimeError, EOFError, pickle.UnpicklingError  # of torch.load
 
@@ -145,8 +147,8 @@ class DamagedRunError(Exception):
 def run_to_file(setting: Setting, folder: Path, data_folder: Path) -> dict[str, Any]:
     """Train, write `<file_name>.json` and `.pt` (a state_dict) to `folder`, return the result.
 
-    A run that is there already is read instead, if this code made it on this machine. The JSON
-    file appears last and whole, so that an interrupted run leaves nothing that looks finished.
+    A run that is there already is read instead, if this code made it of these data on this machine.
+    The JSON file appears last and whole: an interrupted run leaves nothing that looks finished.
 
     Raises:
         DamagedRunError: the result that is there cannot be read.
@@ -156,7 +158,9 @@ def run_to_file(setting: Setting, folder: Path, data_folder: Path) -> dict[str, 
         file = target
         try:
             known = json.loads(target.read_text())
-            current = known["environment"] == environment() and known.keys() >= RESULT
+            data = _checksum(setting.dataset, setting.evaluate_on, data_folder)
+            current = known["environment"] == environment() and known["data"] == data
+            current = current and known.keys() >= RESULT
             file = target.with_suffix(".pt")
             if current:
                 torch.load(file, weights_only=True)
@@ -179,6 +183,16 @@ def run_to_file(setting: Setting, folder: Path, data_folder: Path) -> dict[str, 
 @lru_cache(maxsize=2)
 def _data(dataset: str, evaluate_on: str, folder: Path) -> Data:
     return DATA[dataset].load(RECIPES[dataset].title, evaluate_on, folder)
+
+
+@lru_cache(maxsize=2)
+def _checksum(dataset: str, evaluate_on: str, folder: Path) -> int:
+    """Return a checksum of what a run reads."""
+    data = _data(dataset, evaluate_on, folder)
+    checksum = 0
+    for tensor in (data.fit_inputs, data.fit_labels, data.eval_inputs, data.eval_labels):
+        checksum = zlib.crc32(tensor.numpy().data, checksum)
+    return checksum
 
 
 @lru_cache(maxsize=1)
