@@ -364,9 +364,7 @@ class Runner {
       const int64_t n = smaller(BLOCK, tile.col1 - at);
       if constexpr (IN_PLACE) {
         advance_to<true>(at, n, param + at);
-        if (step.clean && step.penalty < 0) {  // a threshold has no -0, but none may be there
-          put(param + at, at, n);
-        }
+        if (step.clean && step.penalty < 0) put(param + at, at, n);  // else the threshold made -0 +0
         put_copy(at, n);
       } else {
         advance_to<true>(at, n, block);

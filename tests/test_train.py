@@ -87,6 +87,20 @@ def test_choose_takes_the_most_accurate_within_the_budget_else_the_smallest_that
     }
 
 
+def test_a_search_says_which_lam_is_at_the_edge_of_what_it_tried():
+    lams = RECIPES["digits"].lam
+    chosen = {
+        "none": {"lam": 0.0},
+        "l1": {"lam": lams["l1"][0]},
+        "tl1": {"lam": lams["tl1"][1]},
+        "scad": {"lam": RECIPES["digits"].grid[-1]},
+    }
+    assert experiment.at_the_edge("digits", chosen) == [
+        "l1: lam 0.2 is the smallest that was tried",
+        "scad: lam 2 is the largest that was tried",
+    ]
+
+
 def test_a_run_is_repeatable_and_uses_our_optimizer():
     setting = run.Setting("digits", "integrated_tl1", 0.3, 0.1, 1, "validation", epochs=2)
     (first, one), (second, two) = run.train(setting, NOWHERE), run.train(setting, NOWHERE)

@@ -134,7 +134,9 @@ def run(
     batch: Batch, launch: Callable[[Step, K], None], scalar_names: Sequence[str], new: type[K]
 ) -> None:
     """Take one step on every entry, in place, by a backend's `launch`, which keeps a `new()`."""
-    kept = batch.layouts.setdefault("kept", new())
+    if "kept" not in batch.layouts:
+        batch.layouts["kept"] = new()
+    kept = batch.layouts["kept"]
     with torch.cuda.device_of(batch.entries[0].param):
         _run(batch, kept, launch, scalar_names)
 
