@@ -48,6 +48,18 @@ def test_bad_options_at_construction_in_a_group_and_between_steps(options, error
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999), 0.9])
+def test_betas_that_are_not_two_change_nothing(betas):
+    p = torch.ones(2, 2, requires_grad=True)
+    optimizer = tk.ProxAdamW([p], lam=0.1)
+    optimizer.param_groups[0]["betas"] = betas
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="betas must be two numbers, got "):
+        optimizer.step()
+    assert p.eq(1).all()
+    assert not optimizer.state
+
+
 def test_differentiable_is_refused():
     with pytest.raises(ValueError, match="differentiable must be False, got True"):
         tk.ProxAdam([torch.ones(2, 2, requires_grad=True)], differentiable=True)

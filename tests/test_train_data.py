@@ -301,6 +301,13 @@ def test_a_search_chooses_and_the_final_runs_take_what_it_chose(tmp_path, capsys
         "tl1kernels train pendigits --search --methods none scad integrated_tl1 --epochs 2"
     )
     assert chosen["chosen"]["scad"]["a"] == 3.7  # 0.01, 0.1 and 1 are not allowed
+    other = [*command[:-3], "mcp", "--search"]
+    assert cli.main(other) == 0  # of another method: what is there of these stays
+    assert "Kept from earlier searches: scad, integrated_tl1\n" in capsys.readouterr().out
+    later = json.loads((out / "chosen.json").read_text())
+    assert later["command"].endswith("--search --methods mcp --epochs 2")
+    assert later["chosen"].keys() == {*chosen["chosen"], "mcp"}
+    assert later["chosen"]["scad"] == chosen["chosen"]["scad"]
     assert cli.main([*command, "--paper"]) == 0
     table = json.loads((out / "table2.json").read_text())
     assert [row["method"] for row in table["rows"]] == ["none", "integrated_tl1", "scad"]

@@ -56,7 +56,7 @@ def test_no_run_outlives_a_command_that_is_killed(tmp_path):
 
 def test_ctrl_c_saves_finished_runs_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "tl1kernels", "train", "digits", "--out", str(tmp_path)]
-    command += ["--seeds", "1", "--epochs", "60", "--methods", "none", "l1", "tl1", "--jobs", "1"]
+    command += ["--seeds", "1", "--epochs", "20", "--methods", "none", "l1", "tl1", "--jobs", "1"]
     # A job in the background ignores Ctrl-C, and so would what it starts.
     heeds_it = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
@@ -119,7 +119,7 @@ def test_a_broken_file_of_what_was_chosen_is_named_with_what_to_do(content, tmp_
     assert cli.main(["train", "digits", "--out", str(tmp_path), "--epochs", "1"]) == 2
     error = capsys.readouterr().err
     assert f"{tmp_path / 'chosen.json'} cannot be read as what a search chose" in error
-    assert error.endswith("remove it, or write it anew by the same command with --search\n")
+    assert error.endswith("remove it; the same command with --search writes it anew\n")
 
 
 def test_a_damaged_run_is_named_and_trained_again_once_it_is_removed(tmp_path):

@@ -4,6 +4,7 @@ Compiling and interpreting do not go together in one process: `make test` runs t
 TRITON_INTERPRET is not set.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,12 @@ BINARY = {"cuda": "cubin", "hip": "hsaco"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _cache(tmp_path_factory):
+    """Triton's cache, new in each run; its workers share it."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
         yield
 
 
@@ -239,11 +244,13 @@ def test_a_step_like_the_last_one_launches_what_that_compiled(monkeypatch):
     assert step()[1] == 3
 
 
-def test_the_table_of_slots_prints(capsys):
+def test_the_table_of_slots_prints(capsys, monkeypatch):
+    monkeypatch.setattr(triton_sass, "RULES", ("sgd",))
+    monkeypatch.setattr(triton_sass, "DTYPES", (torch.float32,))
     triton_sass.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     tiles = (*triton_sass.ONE_PASS, *triton_sass.TEAMS, *triton_sass.TWO_PASSES)
-    assert len(rows) == len(triton_sass.DTYPES) * len(triton_sass.RULES) * len(tiles)
+    assert len(rows) == len(tiles)
     assert all(float(row[-4]) > 0 for row in rows)
 
 

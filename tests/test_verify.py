@@ -25,10 +25,10 @@ def test_every_backend_passes(backend):
     reason = backends.BACKENDS[backend].unavailable()
     if reason:
         pytest.skip(reason)
-    report = verify(backend, penalties=("tl1", None, "l1"))  # `make test` has all of them verified
+    report = verify(backend, penalties=("tl1", None))  # `make test` has all of them verified
     assert report.passed, str(report)
     rows = {(check.section, check.row, check.dtype) for check in report.checks}
-    assert len(rows) == len(report.checks) > 500
+    assert len(rows) == len(report.checks) > 300
 
 
 def test_the_table_has_a_cell_for_every_rule_penalty_view_and_dtype(monkeypatch):

@@ -92,7 +92,10 @@ class ProxAdam(Proximal, torch.optim.Adam):  # noqa: D101 (_described writes it)
             maximize=bool(group["maximize"]),
             capturable=counts_on_device(group),
         )
-        beta1, beta2 = (number("betas", beta) for beta in group["betas"])
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas!r}")
+        beta1, beta2 = (number("betas", beta) for beta in betas)
         scalars = {"beta1": beta1, "beta2": beta2, "eps": number("eps", group["eps"])}
         return rule, {**_rate_and_decay(group), **scalars}
 

@@ -47,6 +47,11 @@ class _PlannedGroup:
     kinds: plan.Kinds | None = None  # of that state
     masters: bool = False  # whether parameters have them
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Under which the rule keeps its state."""
+        return (*self.rule.state, *self.rule.counters)
+
 
 @dataclass
 class _Planned:
@@ -285,7 +290,7 @@ class Proximal(torch.optim.Optimizer):
         """Raise if there is state that does not fit; return whether some is missing altogether."""
         missing = False
         for group in planned.groups:
-            names = (*group.rule.state, *group.rule.counters)
+            names = group.names
             if not names or group.kinds is not None:  # it is looked at again if that has changed
                 continue
             for param in group.params:
@@ -300,12 +305,11 @@ class Proximal(torch.optim.Optimizer):
     def _attach_state(self, planned: _Planned) -> bool:
         """Give each entry its state; return whether scalars of it are for this step alone."""
         only_now = renewed = False
-        state = _flat_state(self.state)
+        with_state = [group for group in planned.groups if group.names or group.masters]
+        state = _flat_state(self.state) if with_state else []
         same = len(state) == len(planned.state) and all(map(is_, state, planned.state))
-        for group in planned.groups:
-            names = (*group.rule.state, *group.rule.counters)
-            if not names and not group.masters:
-                continue
+        for group in with_state:
+            names = group.names
             if same and group.kinds is not None and group.kinds.hold(group.state):
                 if group.masters:
                     self._follow(group)

@@ -70,6 +70,8 @@ def _command(args: argparse.Namespace) -> str:
 
 
 def _search(args: argparse.Namespace, console: Console) -> int:
+    path = args.out / "chosen.json"
+    earlier = _read_chosen(path) if path.exists() else {}  # of other methods, perhaps
     settings = experiment.search_settings(args.dataset, args.methods, args.epochs)
     results = experiment.run_all(settings, args.out / "runs", args.jobs, console, args.data)
     report.print_diverged(results, console)
@@ -82,8 +84,10 @@ def _search(args: argparse.Namespace, console: Console) -> int:
     console.print(table)
     for line in experiment.at_the_edge(args.dataset, chosen):
         console.print(line, soft_wrap=True, highlight=False)
-    path = args.out / "chosen.json"
-    path.write_text(json.dumps({"command": _command(args), "chosen": chosen}, indent=2) + "\n")
+    found = {"command": _command(args), "chosen": {**earlier, **chosen}}
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    if kept := [method for method in earlier if method not in chosen]:
+        console.print(f"Kept from earlier searches: {', '.join(kept)}", soft_wrap=True)
     console.print(f"Written to {path}; the same command without --search uses it", soft_wrap=True)
     return 0
 
@@ -91,7 +95,7 @@ def _search(args: argparse.Namespace, console: Console) -> int:
 def _chosen(args: argparse.Namespace, console: Console) -> Mapping[str, Mapping[str, float]]:
     """Return the options that a search in the same folder chose, else those of the package."""
     of_package, own = experiment.chosen_path(args.dataset), args.out / "chosen.json"
-    chosen: dict[str, dict[str, float]] = {}
+    chosen: dict[str, Mapping[str, float]] = {}
     if of_package.exists():
         chosen |= _read_chosen(of_package)
     if own.exists():
@@ -106,17 +110,16 @@ def _chosen(args: argparse.Namespace, console: Console) -> Mapping[str, Mapping[
     return chosen
 
 
-def _read_chosen(file: Path) -> dict[str, dict[str, float]]:
+def _read_chosen(file: Path) -> dict[str, Mapping[str, float]]:
     try:
-        rows = json.loads(file.read_text())["chosen"].items()
-        chosen = {method: {name: float(row[name]) for name in ("lam", "a")} for method, row in rows}
+        chosen = dict(json.loads(file.read_text())["chosen"])
         for of in chosen.values():
             tk.penalty_value(torch.zeros(1), lam=of["lam"], a=of["a"])  # raises if they are none
         return chosen
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{file} cannot be read as what a search chose ({type(error).__name__}: {error}): "
-            "remove it, or write it anew by the same command with --search"
+            "remove it; the same command with --search writes it anew"
         ) from error
 
 
