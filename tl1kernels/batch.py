@@ -252,18 +252,30 @@ def scalar_table(batch: Batch, names: Sequence[str]) -> Tensor:
     float64 [entries, names] on the CPU. What an entry lacks is 0, as is lr where it lies on a
     device; lam there is not in the terms.
     """
-    if "places" not in batch.tables:
+    tables = batch.tables
+    if "places" not in tables:
         distinct = {id(entry.numbers): entry.numbers for entry in batch.entries}
         order = {key: i for i, key in enumerate(distinct)}
-        batch.tables["distinct"] = list(distinct.values())
-        batch.tables["places"] = np.array([order[id(e.numbers)] for e in batch.entries], np.intp)
+        tables["distinct"] = list(distinct.values())
+        tables["places"] = np.array([order[id(e.numbers)] for e in batch.entries], np.intp)
+        tables["scalars"] = [name for name in names if name in batch.entries[0].scalars]
+        tables["columns"] = [names.index(name) for name in (*tables["scalars"], *_OF_TERMS)]
     rows = []
-    for numbers in batch.tables["distinct"]:
-        values = {**numbers.scalars, **numbers.terms._asdict()}
-        there = (values.get(name, 0.0) for name in names)
-        rows.append([0.0 if isinstance(value, Tensor) else value for value in there])
+    for numbers in tables["distinct"]:
+        row = [
+            *map(numbers.scalars.__getitem__, tables["scalars"]),
+            *numbers.terms[: len(_OF_TERMS)],
+        ]
+        if isinstance(numbers.scalars["lr"], Tensor):
+            row[tables["scalars"].index("lr")] = 0.0
+        rows.append(row)
     # NumPy takes a quarter of the time that torch does for so little.
-    return torch.from_numpy(np.array(rows, np.float64)[batch.tables["places"]])
+    of_distinct = np.zeros((len(rows), len(names)))
+    of_distinct[:, tables["columns"]] = rows
+    return torch.from_numpy(of_distinct[tables["places"]])
+
+
+_OF_TERMS = [name for name in Terms._fields if name != "scale"]  # the last one
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

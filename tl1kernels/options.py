@@ -110,4 +110,6 @@ def plain(option: Any) -> Any:
         return _Itself(option)
     if isinstance(option, Tensor):
         return option.item() if option.numel() == 1 else option
-    return tuple(map(plain, option)) if isinstance(option, (tuple, list)) else option
+    if isinstance(option, (tuple, list)):  # itself most often of such as need nothing
+        return tuple([o if type(o) in _PLAIN else plain(o) for o in option])
+    return option

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from operator import is_, itemgetter, methodcaller
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,8 +29,11 @@ from tl1kernels.options import (
     plain,
     unchanged,
 )
-from tl1kernels.penalties import Regularizer, Terms
+from tl1kernels.penalties import Regularizer, Terms, number_or_tensor
 from tl1kernels.views import GroupBy, GroupView, laid_out_like, view_of
+
+_Options: TypeAlias = tuple[Any, tuple[Any, ...]]
+"""A param group's lr, and its other options."""
 
 
 @dataclass
@@ -37,6 +41,7 @@ class _PlannedGroup:
     """A param group's part of a step, and what that was made for."""
 
     rule: Rule
+    scalars: Mapping[str, float | Tensor]  # the rule's
     structure: tuple[Any, ...]  # the options whose change needs a new plan
     reg: Regularizer
     reg_options: tuple[Any, ...]  # that it was made of
@@ -47,7 +52,7 @@ class _PlannedGroup:
     kinds: plan.Kinds | None = None  # of that state
     masters: bool = False  # whether parameters have them
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Under which the rule keeps its state."""
         return (*self.rule.state, *self.rule.counters)
@@ -58,7 +63,7 @@ class _Planned:
     """A step's batches, and the options, param groups and state that they were made for."""
 
     batches: plan.Plan
-    options: list[tuple[Any, ...]]
+    options: list[_Options]
     groups: list[_PlannedGroup]
     state: list[Any] = field(default_factory=list)  # of all parameters, as `_flat_state` has it
 
@@ -198,8 +203,8 @@ class Proximal(torch.optim.Optimizer):
     def _take_step(self, params: list[list[Tensor]], grads: list[Tensor]) -> None:
         """Take a step on some parameters of each param group, with the gradients of all of them."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # a GradScaler's
-        of_group = itemgetter(*self.defaults)
-        options = [of_group(group) for group in self.param_groups]
+        others = itemgetter(*[name for name in self.defaults if name != "lr"])
+        options = [(group["lr"], others(group)) for group in self.param_groups]
         planned = self._planned
         self._planned = None  # until its step has gone well
         # Whatever can be refused is refused before any state or weight is touched.
@@ -218,7 +223,7 @@ class Proximal(torch.optim.Optimizer):
         self,
         params: list[list[Tensor]],
         grads: list[Tensor],
-        options: list[tuple[Any, ...]],
+        options: list[_Options],
     ) -> _Planned:
         """Check everything and prepare the batches of a step."""
         work: list[tuple[Rule, str | None, Entry, Tensor]] = []
@@ -229,7 +234,10 @@ class Proximal(torch.optim.Optimizer):
             reg = check_group(group, with_grad, theirs)
             rule, scalars = self._rule(group)
             options_of_reg = plain(of_regularizer(group))
-            there = _PlannedGroup(rule, of_structure(group), reg, options_of_reg, {}, [], with_grad)
+            structure = of_structure(group)
+            there = _PlannedGroup(
+                rule, scalars, structure, reg, options_of_reg, {}, [], params=with_grad
+            )
             for param, grad in zip(with_grad, theirs, strict=True):
                 spared = param.ndim < group["min_ndim"]
                 view = view_of(param, None if spared else reg.group_by)
@@ -251,7 +259,7 @@ class Proximal(torch.optim.Optimizer):
         planned: _Planned,
         params: list[list[Tensor]],
         grads: list[Tensor],
-        options: list[tuple[Any, ...]],
+        options: list[_Options],
     ) -> bool:
         """Fit the last step's batches to this one; return False if they cannot be."""
         if list(map(len, params)) != [len(group.params) for group in planned.groups]:
@@ -268,22 +276,29 @@ class Proximal(torch.optim.Optimizer):
         for i, (group, there, new) in enumerate(
             zip(self.param_groups, planned.groups, options, strict=True)
         ):
-            if unchanged(planned.options[i], new):
+            old = planned.options[i]
+            if unchanged(old, new):
                 continue
-            rule, scalars = self._rule(group)
-            if rule != there.rule or of_structure(group) != there.structure:
-                return False
-            if not unchanged(there.reg_options, of_regularizer(group)):
-                there.reg, there.reg_options = check_group(group), plain(of_regularizer(group))
-                for view, numbers in there.numbers.items():
-                    if view is not None:
-                        numbers.terms = there.reg.terms(view)
-            else:  # lr, most likely, which a scheduler changes in each step
-                there.reg.check_step("lr", scalars["lr"])
+            lr, others = new
+            if unchanged(old[1], others):  # a scheduler may change lr in each step
+                there.scalars = {**there.scalars, "lr": number_or_tensor("lr", lr)}
+                there.reg.check_step("lr", there.scalars["lr"])
+                planned.options[i] = plain(lr), old[1]
+            else:
+                rule, there.scalars = self._rule(group)
+                if rule != there.rule or of_structure(group) != there.structure:
+                    return False
+                if unchanged(there.reg_options, of_regularizer(group)):
+                    there.reg.check_step("lr", there.scalars["lr"])
+                else:
+                    there.reg, there.reg_options = check_group(group), plain(of_regularizer(group))
+                    for view, numbers in there.numbers.items():
+                        if view is not None:
+                            numbers.terms = there.reg.terms(view)
+                planned.options[i] = plain(new)
             for numbers in there.numbers.values():
-                numbers.scalars = scalars
-            planned.options[i] = plain(new)
-            planned.batches.forget_numbers()
+                numbers.scalars = there.scalars
+        planned.batches.forget_numbers()
         return True
 
     def _lacks_state(self, planned: _Planned) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -130,6 +131,23 @@ def _on_device(batch: Batch, entry: Entry) -> list[Tensor | None]:
     return [counter, lr if isinstance(lr, Tensor) else None, entry.terms.scale]
 
 
+def _all_on_device(batch: Batch) -> list[list[Tensor | None]]:
+    """Return what the kernels read on the device for each entry; the last list, if it still holds.
+
+    A number on the CPU that changes in each step does not change it.
+    """
+    tables = batch.tables
+    distinct = [
+        n for numbers in tables["distinct"] for n in (numbers.scalars["lr"], numbers.terms.scale)
+    ]
+    distinct = [number if isinstance(number, Tensor) else None for number in distinct]
+    before = tables.get("distinct_on_device")
+    if before is None or not all(map(is_, distinct, before)):
+        tables["distinct_on_device"] = distinct
+        tables["on_device"] = [_on_device(batch, entry) for entry in batch.entries]
+    return tables["on_device"]
+
+
 def run(
     batch: Batch, launch: Callable[[Step, K], None], scalar_names: Sequence[str], new: type[K]
 ) -> None:
@@ -147,8 +165,8 @@ def _run(
     if not batch.tables:
         batch.tables |= {**tensors(batch), "views": [entry.view for entry in batch.entries]}
     if not batch.numbers:
-        batch.numbers["on_device"] = [_on_device(batch, entry) for entry in batch.entries]
         batch.numbers["scalars"] = scalar_table(batch, scalar_names)
+        batch.numbers["on_device"] = _all_on_device(batch)
     tables, rule = batch.tables, batch.rule
     grads = gradients(batch)
     counted = [] if rule.capturable else _counters(batch)
