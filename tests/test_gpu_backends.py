@@ -256,6 +256,27 @@ def test_numbers_on_the_device_are_read_by_each_step(gpu, adam):
     assert host_numbers(entry)[0]["lr"] == pytest.approx(0.1 / 3)
 
 
+def test_numbers_on_the_device_may_take_each_others_place(gpu):
+    """In batches that are kept: a tensor for a number, another tensor, a number for that."""
+    start, results = torch.randn(9, 7), []
+    for backend in (gpu.name, "reference"):
+        params = [start.to(gpu.device, copy=True) for _ in range(2)]
+        alike = [Numbers({"lr": 0.0, "weight_decay": 0.0}, Terms(0.1, 0.1, 1.0)) for _ in params]
+        grads = [torch.ones_like(p) for p in params]
+        entries = [Entry(p, view_of(p, "in"), of) for p, of in zip(params, alike, strict=True)]
+        with tk.use_backend(backend):
+            work = planning.Plan((SGD(), "tl1", *pair) for pair in zip(entries, grads, strict=True))
+            for i, lr in enumerate((0.1, numbers(gpu, 0.2), numbers(gpu, 0.05), 0.02, 0.03)):
+                alike[1].scalars = {**alike[1].scalars, "lr": lr}
+                alike[0].scalars = {**alike[0].scalars, "lr": 0.1}
+                alike[0].terms = Terms(0.1, 0.1, 1.0, numbers(gpu, 2.0) if i == 3 else None)
+                work.forget_numbers()
+                assert work.renew(params, grads)
+                work.execute()
+        results.append(torch.cat([p.cpu() for p in params]))
+    assert_near(*results, 16, start.repeat(2, 1).abs().clamp(min=1))
+
+
 def test_adams_counter_is_counted_up_wherever_its_memory_is(gpu):
     """It may be exchanged between steps, as where processes are to share it."""
     start, results = torch.randn(9, 7), []
