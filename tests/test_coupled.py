@@ -233,6 +233,20 @@ def test_coupled_kernels_are_within_4_ulp_of_each_weight(name, group_by, shape, 
     assert 0 < worst <= 4
 
 
+@pytest.mark.parametrize("n", [1, 2, 5000])
+def test_a_single_weight_is_a_group_where_auto_finds_none(penalty, n):
+    """Tensors of fewer than two dims, whose value is a sum over weights."""
+    v = torch.linspace(-2, 2, n)
+    options = {"penalty": penalty, "mu": 1.0, "lam": 0.7}
+    got = tk.prox(v, 0.5, group_by="auto", **options)
+    want = tk.prox(v[:, None], 0.5, group_by="out", **options, backend="reference")
+    assert_near(got, want[:, 0], 4, v.abs())
+    p = v.clone().requires_grad_()
+    p.grad = torch.zeros_like(p)
+    tk.ProxSGD([p], lr=0.5, min_ndim=0, **options).step()
+    assert torch.equal(p.detach(), got)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_tiny_threshold_beside_large_weights_and_the_reverse(penalty, dtype):
     """The squares of either, in units of the other, are beyond float64."""

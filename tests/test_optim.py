@@ -231,6 +231,21 @@ def test_inference_tensors_are_written_in_inference_mode_only():
         tk.prox_(p, 0.1)
 
 
+def test_state_that_is_an_inference_tensor_is_refused_outside_before_anything_is_changed():
+    a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    optimizer = tk.ProxSGD([a, b], lr=0.1, momentum=0.9)
+    b.grad = torch.ones(2)
+    with torch.inference_mode():
+        optimizer.step()
+    for _ in range(2):
+        a.grad = torch.ones(2)
+        before = b.detach().clone()
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside"):
+            optimizer.step()
+        assert a.eq(1).all()
+        assert torch.equal(b, before)
+
+
 def test_a_group_that_sets_lam_regularizes_what_it_holds():
     vector = torch.ones(3, requires_grad=True)
     other = torch.ones(3, requires_grad=True)
@@ -322,6 +337,22 @@ def test_a_grad_scaler_scales_and_skips(ours, torchs, fused):
     assert torch.equal(results[0][0], torch.linspace(-1, 1, 12).reshape(3, 4))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_skipped_step_after_the_state_was_cleared_leaves_none():
+    p = torch.zeros(2, 2, requires_grad=True)
+    optimizer = tk.ProxSGD([p], lr=1.0, momentum=0.9, dampening=0.5, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for gradient in (1.0, 1.0, math.inf, 1.0):
+        if gradient == math.inf:
+            optimizer.state.clear()
+            p.data.zero_()
+        optimizer.zero_grad()
+        scaler.scale((p * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert bool(optimizer.state) == (gradient != math.inf)
+    assert p.eq(-1).all()  # a first step, of which dampening takes nothing
 
 
 def test_schedulers_and_changes_of_lam_between_steps():

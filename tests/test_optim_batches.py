@@ -1,7 +1,9 @@
 """Batches that an optimizer keeps from step to step: they follow every change of what they hold."""
 
+import functools
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,6 +227,70 @@ def test_a_list_that_changes_in_place_is_followed():
             if not keep:
                 optimizer._planned = None
             optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+def test_an_array_that_changes_in_place_is_followed():
+    results = []
+    for kind in (torch.optim.SGD, tk.ProxSGD):
+        p = torch.zeros(2, 2, requires_grad=True)
+        optimizer = kind([p], lr=np.array(1.0))
+        for _ in range(4):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.5
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("option", ["lr", "lam", "mu", "a", "weight_decay"])
+@pytest.mark.parametrize(
+    "of",
+    [torch.tensor, np.float32, np.float16, functools.partial(torch.tensor, dtype=torch.bfloat16)],
+    ids=["tensor", "float32", "float16", "bfloat16"],
+)
+def test_a_number_that_differs_by_its_rounding_alone_is_another(option, of):
+    results = []
+    for keep in (True, False):
+        p = torch.full((2, 3), 0.7, dtype=torch.float64, requires_grad=True)
+        optimizer = tk.ProxSGD([p], group_by="in", **{"lr": 0.1, "lam": 0.1, option: 0.1})
+        for value in (0.1, of(0.1), of(0.1), 0.1):
+            optimizer.param_groups[0][option] = value
+            p.grad = torch.ones_like(p)
+            if not keep:
+                optimizer._planned = None
+            optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+class OnADevice(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    device = property(lambda _: torch.device("cuda"))
+
+
+@pytest.mark.parametrize("option", ["mu", "a", "weight_decay", "momentum"])
+def test_what_the_host_reads_on_a_device_is_followed(option):
+    """Written to in place, as schedulers do; lr and lam are read by the steps themselves."""
+    results = []
+    for keep in (True, False):
+        p = torch.linspace(-1, 1, 6).reshape(2, 3).requires_grad_()
+        number = torch.tensor(0.5).as_subclass(OnADevice)
+        optimizer = tk.ProxSGD(
+            [p], **{"lr": 0.1, "lam": 1.0, "momentum": 0.9, "group_by": "in", option: number}
+        )
+        kept = []
+        for i in range(4):
+            p.grad = torch.full_like(p, 0.1 * i)
+            if i == 2:
+                number.mul_(0.5)
+            if not keep:
+                optimizer._planned = None
+            optimizer.step()
+            kept.append(optimizer._planned)
+        assert not keep or kept[1:] == [kept[1]] * 3
         results.append(p.detach())
     assert torch.equal(*results)
 

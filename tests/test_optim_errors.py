@@ -2,6 +2,7 @@
 
 import operator
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +91,11 @@ def test_a_step_that_a_backend_refuses_leaves_no_trace(monkeypatch):
     ("name", "value", "error", "message"),
     [
         ("lr", "fast", TypeError, "lr must be a number or a 0-d tensor, got 'fast'"),
+        ("lr", np.array([0.1, 0.2]), TypeError, "lr must be a number or a 0-d tensor, got array"),
+        ("lam", torch.ones(2), TypeError, "lam must be a number or a 0-d tensor, got tensor"),
+        ("lam", np.True_, TypeError, "lam must be a number or a 0-d tensor, got "),
+        ("mu", torch.tensor(True), TypeError, "mu must be a number or a 0-d tensor, got "),
+        ("weight_decay", 10**400, TypeError, "weight_decay must be a number or a 0-d tensor"),
         ("momentum", "some", TypeError, "momentum must be a number"),
         ("group_by", 9, ValueError, "group_by=9"),
         ("min_ndim", True, ValueError, "min_ndim must be an int >= 0, got True"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import itemgetter
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_, itemgetter
+from typing import Any, NamedTuple, TypeGuard
 
+import numpy as np
 from torch import Tensor
 
 from tl1kernels import plan
@@ -53,6 +55,7 @@ def check_state(name: str, value: Any, param: Tensor, counter: bool = False) -> 
         allowed = "one float" if counter else f"floats of shape {tuple(param.shape)}"
         got = f"{value.dtype} of shape {tuple(value.shape)}"
         raise ValueError(f"state {name!r} must be {allowed}, got {got}")
+    plan.check_writable([value])
 
 
 def check_none_is_lost(names: Sequence[str], there: Sequence[str]) -> None:
@@ -68,9 +71,6 @@ def check_none_is_lost(names: Sequence[str], there: Sequence[str]) -> None:
         )
 
 
-of_regularizer = itemgetter(*REGULARIZER)
-
-
 # The options whose change needs a new plan: they choose batches and views. `differentiable` is one
 # so that it is refused if it is turned on.
 of_structure = itemgetter(
@@ -78,38 +78,93 @@ of_structure = itemgetter(
 )
 
 
-def unchanged(old: Sequence[Any], new: Sequence[Any]) -> bool:
-    """Return whether options are what they were, given as `plain` and as they are."""
-    try:
-        return old == new
-    except RuntimeError:  # a tensor of several elements, which check_group will name
-        return False
+class Changed(NamedTuple):
+    """Which options of a param group are others than in the last step."""
+
+    lr: bool
+    regularizer: bool  # of `REGULARIZER`
+    rule: bool  # all others
 
 
-class _Itself:
-    """Equal to one tensor, and to nothing else."""
+class Seen:
+    """A param group's options, in the order of `in_order`, as the last step found them.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+    lr and lam may lie on a device. Each step reads them there itself: only another tensor counts.
 
-    def __eq__(self, other: object) -> bool:
-        return other is self._tensor
+    Attributes:
+        settled: each option that is what it was as long as it is the same object. In place of
+            others, which may change in place, an object that is none of them.
+    """
+
+    def __init__(self, options: Sequence[Any]) -> None:
+        self.settled = _each(_settled, options)
+        self._values = _each(_value, options)
+
+    def follow(self, options: Sequence[Any]) -> Changed:
+        """Take the options of another step."""
+        old = self._values
+        if all(map(is_, self.settled[1:], options[1:])):  # lr alone, which schedulers change
+            lr = options[0]
+            self.settled = (_settled(lr, True), *self.settled[1:])
+            self._values = (_value(lr, True), *old[1:])
+        else:
+            self.settled, self._values = _each(_settled, options), _each(_value, options)
+        new, rule = self._values, 1 + len(REGULARIZER)
+        return Changed(new[0] != old[0], new[1:rule] != old[1:rule], new[rule:] != old[rule:])
+
+
+def in_order(defaults: Iterable[str]) -> list[str]:
+    """Return the names of an optimizer's options in the order in which `Seen` takes them."""
+    first = ["lr", *REGULARIZER]  # of which lam comes first
+    return [*first, *(name for name in defaults if name not in first)]
+
+
+def _each(of: Callable[..., Any], options: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what a function says of each option, and tell it which may lie on a device."""
+    return (of(options[0], True), of(options[1], True), *[of(o, False) for o in options[2:]])
 
 
 _PLAIN = {int, float, bool, str, type(None)}
 
 
-def plain(option: Any) -> Any:
-    """Return an option as something that compares by value: a tensor may change in place.
+def _settled(option: Any, read_by_steps: bool) -> Any:
+    kind = type(option)
+    if kind in _PLAIN or isinstance(option, np.generic):
+        return option
+    if kind is tuple and _PLAIN.issuperset(map(type, option)):
+        return option
+    return option if read_by_steps and _lies_on_a_device(option) else object()
 
-    One on a device is not read: whoever uses it looks at its value anew.
-    """
+
+def _value(option: Any, read_by_steps: bool) -> Any:
+    """Return an option as something that compares by value, even if it then changes in place."""
     if type(option) in _PLAIN:
         return option
-    if isinstance(option, Tensor) and option.device.type not in ("cpu", "meta"):
-        return _Itself(option)
-    if isinstance(option, Tensor):
-        return option.item() if option.numel() == 1 else option
-    if isinstance(option, (tuple, list)):  # itself most often of such as need nothing
-        return tuple([o if type(o) in _PLAIN else plain(o) for o in option])
-    return option
+    if isinstance(option, (tuple, list)):
+        return tuple([_value(o, False) for o in option])
+    if _lies_on_a_device(option):
+        if not read_by_steps and option.is_inference():
+            return object()  # it does not count what is written to it
+        return _Itself(option, 0 if read_by_steps else option._version)
+    of_one_element = (
+        isinstance(option, (Tensor, np.generic, np.ndarray)) and math.prod(option.shape) == 1
+    )
+    if of_one_element and not getattr(option, "is_meta", False):
+        return option.item()
+    return object()  # whoever checks it will say what it is
+
+
+def _lies_on_a_device(option: object) -> TypeGuard[Tensor]:
+    return isinstance(option, Tensor) and option.device.type not in ("cpu", "meta")
+
+
+class _Itself:
+    """Equal to the same tensor at the same version, which goes up with each write to it."""
+
+    def __init__(self, tensor: Tensor, version: int) -> None:
+        self._tensor, self._version = tensor, version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Itself):
+            return False
+        return other._tensor is self._tensor and other._version == self._version

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -298,13 +299,20 @@ def number(name: str, value: Any) -> float:
     """
     if type(value) is float:  # of most groups in most steps
         return value
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        if value.is_meta:
-            raise ValueError(f"{name} must have a value, got a tensor on the device 'meta'")
-        return float(value)
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
-    return float(value)
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool:
+            if value.is_meta:
+                raise ValueError(f"{name} must have a value, got a tensor on the device 'meta'")
+            return float(value)
+    elif hasattr(value, "__float__") and not isinstance(value, _NO_NUMBERS):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):  # several elements, or too large
+            pass
+    raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
+
+
+_NO_NUMBERS = (bool, np.bool_, np.complexfloating)
 
 
 def number_or_tensor(name: str, value: Any) -> float | Tensor:

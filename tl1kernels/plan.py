@@ -24,11 +24,7 @@ def prepare(work: Work, backend: str | None = None) -> list[tuple[str, Batch]]:
     """
     batches: dict[tuple[object, ...], Batch] = {}
     work = list(work)
-    if not torch.is_inference_mode_enabled() and any(e.param.is_inference() for _, _, e, _ in work):
-        raise RuntimeError(
-            "Inplace update to inference tensor outside InferenceMode is not allowed: clone it "
-            "outside of torch.inference_mode()"
-        )
+    check_writable(e.param for _, _, e, _ in work)
     turns = _turns([e.param if e.copy is None else e.copy for _, _, e, _ in work])
     for turn, (rule, penalty, entry, grad) in zip(turns, work, strict=True):
         p, copy = entry.param, entry.copy
@@ -159,6 +155,15 @@ def _columns(tensors: Sequence[Tensor]) -> list[list[object]] | None:
         list(map(of, tensors))
         for of in (_kind, Tensor.stride, Tensor.is_neg, Tensor._is_zerotensor)
     ]
+
+
+def check_writable(tensors: Iterable[Tensor]) -> None:
+    """Raise RuntimeError, in torch's words, if one may be written to in inference mode only."""
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors):
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed: clone it "
+            "outside of torch.inference_mode()"
+        )
 
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

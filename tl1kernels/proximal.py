@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from operator import is_, itemgetter, methodcaller
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +21,15 @@ from tl1kernels import compiled, plan
 from tl1kernels.batch import Entry, Numbers, Rule, state_dtype
 from tl1kernels.groups import is_flat_piece
 from tl1kernels.options import (
+    Seen,
     check_group,
     check_none_is_lost,
     check_state,
-    of_regularizer,
+    in_order,
     of_structure,
-    plain,
-    unchanged,
 )
 from tl1kernels.penalties import Regularizer, Terms, number_or_tensor
 from tl1kernels.views import GroupBy, GroupView, laid_out_like, view_of
-
-_Options: TypeAlias = tuple[Any, tuple[Any, ...]]
-"""A param group's lr, and its other options."""
 
 
 @dataclass
@@ -44,7 +40,7 @@ class _PlannedGroup:
     scalars: Mapping[str, float | Tensor]  # the rule's
     structure: tuple[Any, ...]  # the options whose change needs a new plan
     reg: Regularizer
-    reg_options: tuple[Any, ...]  # that it was made of
+    seen: Seen  # the options that all that was made of
     numbers: dict[GroupView | None, Numbers]  # by view; None for tensors that are spared
     entries: list[Entry]
     params: list[Tensor]
@@ -57,13 +53,17 @@ class _PlannedGroup:
         """Under which the rule keeps its state."""
         return (*self.rule.state, *self.rule.counters)
 
+    @property
+    def has_state(self) -> bool:
+        """Whether its parameters have state, masters included."""
+        return self.masters or bool(self.names)
+
 
 @dataclass
 class _Planned:
-    """A step's batches, and the options, param groups and state that they were made for."""
+    """A step's batches, and the param groups and state that they were made for."""
 
     batches: plan.Plan
-    options: list[_Options]
     groups: list[_PlannedGroup]
     state: list[Any] = field(default_factory=list)  # of all parameters, as `_flat_state` has it
 
@@ -203,8 +203,8 @@ class Proximal(torch.optim.Optimizer):
     def _take_step(self, params: list[list[Tensor]], grads: list[Tensor]) -> None:
         """Take a step on some parameters of each param group, with the gradients of all of them."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # a GradScaler's
-        others = itemgetter(*[name for name in self.defaults if name != "lr"])
-        options = [(group["lr"], others(group)) for group in self.param_groups]
+        of_group = itemgetter(*in_order(self.defaults))
+        options = [of_group(group) for group in self.param_groups]
         planned = self._planned
         self._planned = None  # until its step has gone well
         # Whatever can be refused is refused before any state or weight is touched.
@@ -223,21 +223,20 @@ class Proximal(torch.optim.Optimizer):
         self,
         params: list[list[Tensor]],
         grads: list[Tensor],
-        options: list[_Options],
+        options: list[tuple[Any, ...]],
     ) -> _Planned:
         """Check everything and prepare the batches of a step."""
         work: list[tuple[Rule, str | None, Entry, Tensor]] = []
         groups = []
         remaining = iter(grads)
-        for group, with_grad in zip(self.param_groups, map(list, params), strict=True):
+        for group, with_grad, of_group in zip(
+            self.param_groups, map(list, params), options, strict=True
+        ):
             theirs = list(islice(remaining, len(with_grad)))
             reg = check_group(group, with_grad, theirs)
             rule, scalars = self._rule(group)
-            options_of_reg = plain(of_regularizer(group))
-            structure = of_structure(group)
-            there = _PlannedGroup(
-                rule, scalars, structure, reg, options_of_reg, {}, [], params=with_grad
-            )
+            structure, seen = of_structure(group), Seen(of_group)
+            there = _PlannedGroup(rule, scalars, structure, reg, seen, {}, [], params=with_grad)
             for param, grad in zip(with_grad, theirs, strict=True):
                 spared = param.ndim < group["min_ndim"]
                 view = view_of(param, None if spared else reg.group_by)
@@ -252,14 +251,14 @@ class Proximal(torch.optim.Optimizer):
                 there.entries.append(entry)
                 work.append((rule, reg.penalty, entry, grad))
             groups.append(there)
-        return _Planned(plan.Plan(work), [plain(values) for values in options], groups)
+        return _Planned(plan.Plan(work), groups)
 
     def _renew(
         self,
         planned: _Planned,
         params: list[list[Tensor]],
         grads: list[Tensor],
-        options: list[_Options],
+        options: list[tuple[Any, ...]],
     ) -> bool:
         """Fit the last step's batches to this one; return False if they cannot be."""
         if list(map(len, params)) != [len(group.params) for group in planned.groups]:
@@ -271,67 +270,70 @@ class Proximal(torch.optim.Optimizer):
                 pairs = zip(there.params, there.entries, strict=True)
                 if any(e.copy is p and self._master_of(p) is not e.param for p, e in pairs):
                     return False
-        if unchanged(planned.options, options):  # of all groups at once: there may be hundreds
+        settled = chain(*[group.seen.settled for group in planned.groups])
+        if all(map(is_, settled, chain(*options))):  # of all at once: there may be hundreds
             return True
-        for i, (group, there, new) in enumerate(
-            zip(self.param_groups, planned.groups, options, strict=True)
-        ):
-            old = planned.options[i]
-            if unchanged(old, new):
+        renewed = False
+        for group, there, new in zip(self.param_groups, planned.groups, options, strict=True):
+            changed = there.seen.follow(new)
+            if not any(changed):
                 continue
-            lr, others = new
-            if unchanged(old[1], others):  # a scheduler may change lr in each step
-                there.scalars = {**there.scalars, "lr": number_or_tensor("lr", lr)}
-                there.reg.check_step("lr", there.scalars["lr"])
-                planned.options[i] = plain(lr), old[1]
-            else:
+            only_lr = not changed.regularizer and not changed.rule
+            if not only_lr and of_structure(group) != there.structure:
+                return False
+            if changed.rule:
                 rule, there.scalars = self._rule(group)
-                if rule != there.rule or of_structure(group) != there.structure:
+                if rule != there.rule:
                     return False
-                if unchanged(there.reg_options, of_regularizer(group)):
-                    there.reg.check_step("lr", there.scalars["lr"])
-                else:
-                    there.reg, there.reg_options = check_group(group), plain(of_regularizer(group))
-                    for view, numbers in there.numbers.items():
-                        if view is not None:
-                            numbers.terms = there.reg.terms(view)
-                planned.options[i] = plain(new)
+            else:
+                there.scalars = {**there.scalars, "lr": number_or_tensor("lr", group["lr"])}
+            if changed.regularizer:
+                there.reg = check_group(group)
+                for view, numbers in there.numbers.items():
+                    if view is not None:
+                        numbers.terms = there.reg.terms(view)
+            else:
+                there.reg.check_step("lr", there.scalars["lr"])
             for numbers in there.numbers.values():
                 numbers.scalars = there.scalars
-        planned.batches.forget_numbers()
+            renewed = True
+        if renewed:
+            planned.batches.forget_numbers()
         return True
 
     def _lacks_state(self, planned: _Planned) -> bool:
-        """Raise if there is state that does not fit; return whether some is missing altogether."""
+        """Raise if there is state that does not fit; return whether some is missing altogether.
+
+        Groups whose state is not the last step's lose their `kinds`.
+        """
         missing = False
-        for group in planned.groups:
-            names = group.names
-            if not names or group.kinds is not None:  # it is looked at again if that has changed
+        with_state = [group for group in planned.groups if group.has_state]
+        state = _flat_state(self.state) if with_state else []
+        same = len(state) == len(planned.state) and all(map(is_, state, planned.state))
+        for group in with_state:
+            if same and group.kinds is not None and group.kinds.hold(group.state):
                 continue
+            group.kinds = None
             for param in group.params:
-                state = self.state.get(param, {})
-                there = [name for name in names if state.get(name) is not None]
+                of_param = self.state.get(param, {})
+                there = [name for name in group.names if of_param.get(name) is not None]
                 for name in there:
-                    check_state(name, state[name], param, name in group.rule.counters)
-                check_none_is_lost(names, there)
-                missing = missing or len(there) < len(names)
+                    check_state(name, of_param[name], param, name in group.rule.counters)
+                check_none_is_lost(group.names, there)
+                missing = missing or len(there) < len(group.names)
         return missing
 
     def _attach_state(self, planned: _Planned) -> bool:
         """Give each entry its state; return whether scalars of it are for this step alone."""
         only_now = renewed = False
-        with_state = [group for group in planned.groups if group.names or group.masters]
-        state = _flat_state(self.state) if with_state else []
-        same = len(state) == len(planned.state) and all(map(is_, state, planned.state))
-        for group in with_state:
+        for group in planned.groups:
+            if not group.has_state:
+                continue
             names = group.names
-            if same and group.kinds is not None and group.kinds.hold(group.state):
+            if group.kinds is not None:  # it has it
                 if group.masters:
                     self._follow(group)
                 continue
-            if group.kinds is not None:  # replaced since then
-                group.kinds = None
-                self._lacks_state(planned)
             for param, entry in zip(group.params, group.entries, strict=True):
                 first = self._start(param, group.rule) if names else {}
                 of_param = self.state[param]

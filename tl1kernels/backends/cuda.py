@@ -93,8 +93,7 @@ def rejects(batch: Batch) -> str | None:
     # Of several GPUs the current one, of which `unavailable` asks, may be another.
     if problem := _problem_with(batch.device.index or 0):
         return f"on {batch.device}: {problem}"
-    for entry in batch.entries:
-        view = entry.view
+    for view in gpu.views(batch):
         if view.grouped and max(view.outer, view.inner, view.n_groups) > 2**30:
             return "more than 2^30 groups, or rows or weights of one"
     return gpu.rejects(batch)

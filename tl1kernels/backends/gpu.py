@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import is_
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tl1kernels.batch import Batch, Entry, gradients, needs_torch, scalar_table, tensors
+from tl1kernels.penalties import PENALTIES
 from tl1kernels.views import GroupView
 
 STATES = 3
@@ -124,6 +125,12 @@ def rejects(batch: Batch) -> str | None:
     return needs_torch(batch)
 
 
+def views(batch: Batch) -> list[GroupView]:
+    """Return each entry's groups: single weights are some for a penalty of whole groups."""
+    coupled = batch.penalty is not None and PENALTIES[batch.penalty].coupled
+    return [replace(e.view, grouped=True) if coupled else e.view for e in batch.entries]
+
+
 def _on_device(batch: Batch, entry: Entry) -> list[Tensor | None]:
     """Return what the kernels read on the device: Adam's `step`, lr, lam; None where they don't."""
     counter = entry.state.get("step") if batch.rule.capturable else None
@@ -163,7 +170,7 @@ def _run(
     batch: Batch, kept: K, launch: Callable[[Step, K], None], scalar_names: Sequence[str]
 ) -> None:
     if not batch.tables:
-        batch.tables |= {**tensors(batch), "views": [entry.view for entry in batch.entries]}
+        batch.tables |= {**tensors(batch), "views": views(batch)}
     if not batch.numbers:
         batch.numbers["scalars"] = scalar_table(batch, scalar_names)
         batch.numbers["on_device"] = _all_on_device(batch)

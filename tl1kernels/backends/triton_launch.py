@@ -77,7 +77,7 @@ def rejects(batch: Batch) -> str | None:
     """Return why Triton cannot run this batch; None if it can."""
     if unknown := unknown_to(batch, {"cuda", "cpu"} if interpreting() else {"cuda"}, penalties()):
         return unknown
-    for view in (entry.view for entry in batch.entries):
+    for view in gpu.views(batch):
         across = view.groups * view.inner
         if view.grouped and view.outer > 1 and across > schedule.MOST_ACROSS:
             return f"groups down rows of {across} weights, more than {schedule.MOST_ACROSS}"
