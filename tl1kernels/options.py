@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any, NamedTuple, TypeGuard
 
@@ -87,42 +87,44 @@ class Changed(NamedTuple):
 
 
 class Seen:
-    """A param group's options, in the order of `in_order`, as the last step found them.
+    """A param group's options as the last step found them.
 
     lr and lam may lie on a device. Each step reads them there itself: only another tensor counts.
 
     Attributes:
-        settled: each option that is what it was as long as it is the same object. In place of
-            others, which may change in place, an object that is none of them.
+        settled: what the group holds, in its order; in place of an option that may change in
+            place, an object that is nowhere else.
     """
 
-    def __init__(self, options: Sequence[Any]) -> None:
-        self.settled = _each(_settled, options)
-        self._values = _each(_value, options)
+    def __init__(self, group: Mapping[str, Any], names: Iterable[str]) -> None:
+        first = ("lr", *REGULARIZER)
+        names = (*first, *(name for name in names if name not in first))
+        self._read_by_steps = {name: name in ("lr", "lam") for name in names}
+        self._look(group)
 
-    def follow(self, options: Sequence[Any]) -> Changed:
-        """Take the options of another step."""
-        old = self._values
-        if all(map(is_, self.settled[1:], options[1:])):  # lr alone, which schedulers change
-            lr = options[0]
-            self.settled = (_settled(lr, True), *self.settled[1:])
+    def _look(self, group: Mapping[str, Any]) -> None:
+        read_by_steps = self._read_by_steps
+        self.settled = [
+            _settled(option, read_by_steps[name]) if name in read_by_steps else option
+            for name, option in group.items()
+        ]
+        self._values = tuple([_value(group[name], read) for name, read in read_by_steps.items()])
+        self._place_of_lr = list(group).index("lr")
+
+    def follow(self, group: Mapping[str, Any]) -> Changed:
+        """Look at the options again."""
+        old, lr = self._values, group["lr"]
+        self.settled[self._place_of_lr] = lr
+        if len(group) == len(self.settled) and all(map(is_, self.settled, group.values())):
+            self.settled[self._place_of_lr] = _settled(lr, True)
             self._values = (_value(lr, True), *old[1:])
-        else:
-            self.settled, self._values = _each(_settled, options), _each(_value, options)
+            return _LR if self._values[0] != old[0] else _NOTHING
+        self._look(group)
         new, rule = self._values, 1 + len(REGULARIZER)
         return Changed(new[0] != old[0], new[1:rule] != old[1:rule], new[rule:] != old[rule:])
 
 
-def in_order(defaults: Iterable[str]) -> list[str]:
-    """Return the names of an optimizer's options in the order in which `Seen` takes them."""
-    first = ["lr", *REGULARIZER]  # of which lam comes first
-    return [*first, *(name for name in defaults if name not in first)]
-
-
-def _each(of: Callable[..., Any], options: Sequence[Any]) -> tuple[Any, ...]:
-    """Return what a function says of each option, and tell it which may lie on a device."""
-    return (of(options[0], True), of(options[1], True), *[of(o, False) for o in options[2:]])
-
+_LR, _NOTHING = Changed(True, False, False), Changed(False, False, False)
 
 _PLAIN = {int, float, bool, str, type(None)}
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
-from operator import is_, itemgetter, methodcaller
+from operator import is_, methodcaller
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from tl1kernels.options import (
     check_group,
     check_none_is_lost,
     check_state,
-    in_order,
     of_structure,
 )
 from tl1kernels.penalties import Regularizer, Terms, number_or_tensor
@@ -53,11 +52,6 @@ class _PlannedGroup:
         """Under which the rule keeps its state."""
         return (*self.rule.state, *self.rule.counters)
 
-    @property
-    def has_state(self) -> bool:
-        """Whether its parameters have state, masters included."""
-        return self.masters or bool(self.names)
-
 
 @dataclass
 class _Planned:
@@ -65,7 +59,17 @@ class _Planned:
 
     batches: plan.Plan
     groups: list[_PlannedGroup]
+    with_state: list[_PlannedGroup] = field(init=False)  # of them; masters are state too
+    settled: list[Any] = field(init=False)  # of all of them, see `Seen`
     state: list[Any] = field(default_factory=list)  # of all parameters, as `_flat_state` has it
+
+    def __post_init__(self) -> None:
+        self.with_state = [group for group in self.groups if group.masters or group.names]
+        self.settle()
+
+    def settle(self) -> None:
+        """Gather what the groups have seen."""
+        self.settled = [*chain(*(group.seen.settled for group in self.groups))]
 
 
 class Proximal(torch.optim.Optimizer):
@@ -203,39 +207,32 @@ class Proximal(torch.optim.Optimizer):
     def _take_step(self, params: list[list[Tensor]], grads: list[Tensor]) -> None:
         """Take a step on some parameters of each param group, with the gradients of all of them."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # a GradScaler's
-        of_group = itemgetter(*in_order(self.defaults))
-        options = [of_group(group) for group in self.param_groups]
         planned = self._planned
         self._planned = None  # until its step has gone well
         # Whatever can be refused is refused before any state or weight is touched.
-        if planned is None or not self._renew(planned, params, grads, options):
-            planned = self._plan(params, grads, options)
+        if planned is None or not self._renew(planned, params, grads):
+            planned = self._plan(params, grads)
         starts = self._lacks_state(planned)
         if starts and found_inf is not None and found_inf.item():
             return  # a first step that is skipped leaves no state: the next one is the first
         only_now = self._attach_state(planned)
         planned.batches.execute(getattr(self, "grad_scale", None), found_inf)
-        followed = [param for group in planned.groups if group.masters for param in group.params]
+        followed = [
+            param for group in planned.with_state if group.masters for param in group.params
+        ]
         self._versions = {param: _version(param) for param in followed}
         self._planned = None if only_now else planned
 
-    def _plan(
-        self,
-        params: list[list[Tensor]],
-        grads: list[Tensor],
-        options: list[tuple[Any, ...]],
-    ) -> _Planned:
+    def _plan(self, params: list[list[Tensor]], grads: list[Tensor]) -> _Planned:
         """Check everything and prepare the batches of a step."""
         work: list[tuple[Rule, str | None, Entry, Tensor]] = []
         groups = []
         remaining = iter(grads)
-        for group, with_grad, of_group in zip(
-            self.param_groups, map(list, params), options, strict=True
-        ):
+        for group, with_grad in zip(self.param_groups, map(list, params), strict=True):
             theirs = list(islice(remaining, len(with_grad)))
             reg = check_group(group, with_grad, theirs)
             rule, scalars = self._rule(group)
-            structure, seen = of_structure(group), Seen(of_group)
+            structure, seen = of_structure(group), Seen(group, self.defaults)
             there = _PlannedGroup(rule, scalars, structure, reg, seen, {}, [], params=with_grad)
             for param, grad in zip(with_grad, theirs, strict=True):
                 spared = param.ndim < group["min_ndim"]
@@ -253,29 +250,24 @@ class Proximal(torch.optim.Optimizer):
             groups.append(there)
         return _Planned(plan.Plan(work), groups)
 
-    def _renew(
-        self,
-        planned: _Planned,
-        params: list[list[Tensor]],
-        grads: list[Tensor],
-        options: list[tuple[Any, ...]],
-    ) -> bool:
+    def _renew(self, planned: _Planned, params: list[list[Tensor]], grads: list[Tensor]) -> bool:
         """Fit the last step's batches to this one; return False if they cannot be."""
         if list(map(len, params)) != [len(group.params) for group in planned.groups]:
             return False
         if not planned.batches.renew([*chain(*params)], grads):
             return False
-        for there in planned.groups:
+        for there in planned.with_state:
             if there.masters:
                 pairs = zip(there.params, there.entries, strict=True)
                 if any(e.copy is p and self._master_of(p) is not e.param for p, e in pairs):
                     return False
-        settled = chain(*[group.seen.settled for group in planned.groups])
-        if all(map(is_, settled, chain(*options))):  # of all at once: there may be hundreds
+        now = chain.from_iterable(map(dict.values, self.param_groups))
+        same_size = sum(map(len, self.param_groups)) == len(planned.settled)
+        if same_size and all(map(is_, planned.settled, now)):  # of all: there may be hundreds
             return True
         renewed = False
-        for group, there, new in zip(self.param_groups, planned.groups, options, strict=True):
-            changed = there.seen.follow(new)
+        for group, there in zip(self.param_groups, planned.groups, strict=True):
+            changed = there.seen.follow(group)
             if not any(changed):
                 continue
             only_lr = not changed.regularizer and not changed.rule
@@ -297,6 +289,7 @@ class Proximal(torch.optim.Optimizer):
             for numbers in there.numbers.values():
                 numbers.scalars = there.scalars
             renewed = True
+        planned.settle()
         if renewed:
             planned.batches.forget_numbers()
         return True
@@ -307,10 +300,9 @@ class Proximal(torch.optim.Optimizer):
         Groups whose state is not the last step's lose their `kinds`.
         """
         missing = False
-        with_state = [group for group in planned.groups if group.has_state]
-        state = _flat_state(self.state) if with_state else []
+        state = _flat_state(self.state) if planned.with_state else []
         same = len(state) == len(planned.state) and all(map(is_, state, planned.state))
-        for group in with_state:
+        for group in planned.with_state:
             if same and group.kinds is not None and group.kinds.hold(group.state):
                 continue
             group.kinds = None
@@ -326,9 +318,7 @@ class Proximal(torch.optim.Optimizer):
     def _attach_state(self, planned: _Planned) -> bool:
         """Give each entry its state; return whether scalars of it are for this step alone."""
         only_now = renewed = False
-        for group in planned.groups:
-            if not group.has_state:
-                continue
+        for group in planned.with_state:
             names = group.names
             if group.kinds is not None:  # it has it
                 if group.masters:
