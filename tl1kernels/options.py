@@ -130,6 +130,7 @@ _PLAIN = {int, float, bool, str, type(None)}
 
 
 def _settled(option: Any, read_by_steps: bool) -> Any:
+    """Return an option that is the same as long as it is this object; else an object of its own."""
     kind = type(option)
     if kind in _PLAIN or isinstance(option, np.generic):
         return option
