@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+VERIFY := $(addprefix verify-,triton reference cpu cuda)
 
-.PHONY: demo test bench sanitize setup clean
+.PHONY: demo test bench sanitize setup clean $(VERIFY)
 
 demo: setup
 	$(BIN)/tl1kernels train digits --out runs/digits
@@ -18,10 +19,13 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -k triton
-	$(BIN)/tl1kernels verify --backend reference
-	$(BIN)/tl1kernels verify
-	TRITON_INTERPRET=1 $(BIN)/tl1kernels verify --backend triton
-	TL1KERNELS_CUDA=emulated $(BIN)/tl1kernels verify --backend cuda
+	$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O) $(VERIFY)
+
+# Two at a time, for each is a process of one core; the slowest first.
+$(VERIFY): verify-%:
+	$(BIN)/tl1kernels verify --backend $*
+verify-triton: export TRITON_INTERPRET := 1
+verify-cuda: export TL1KERNELS_CUDA := emulated
 
 bench: setup
 	$(PIP) --no-build-isolation -e '.[peers]' $(BUILD)
