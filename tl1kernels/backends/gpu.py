@@ -126,7 +126,7 @@ def rejects(batch: Batch) -> str | None:
 
 
 def views(batch: Batch) -> list[GroupView]:
-    """Return each entry's groups: single weights are some for a penalty of whole groups."""
+    """Return each entry's groups; under a penalty of whole groups a weight without one is one."""
     coupled = batch.penalty is not None and PENALTIES[batch.penalty].coupled
     return [replace(e.view, grouped=True) if coupled else e.view for e in batch.entries]
 
